@@ -1,0 +1,183 @@
+"""From a convolution and its weights to a gather GEMM: offsets of the taps, encoded weights, tables, default knobs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import InternalError
+from ..formats.gather import GatherMatrix, encode
+from ..layout import Halo, Phases
+from ..target import CpuTarget
+from ..workload import ConvWorkload
+from .gather_gemm import Gemm, Knobs, RowRun
+from .pointwise import Program, Slot
+
+Array = npt.NDArray[np.float32] | npt.NDArray[np.int32]
+
+
+def phases(wl: ConvWorkload) -> Phases | None:
+    """The phase planes that a strided convolution reads; None for stride 1."""
+    if wl.strides == (1, 1):
+        return None
+    rows = {(r * wl.dilation[0] - wl.padding[0]) % wl.strides[0] for r in range(wl.kh)}
+    cols = {(s * wl.dilation[1] - wl.padding[1]) % wl.strides[1] for s in range(wl.kw)}
+    return Phases(*wl.strides, tuple((py, px) for py in sorted(rows) for px in sorted(cols)))
+
+
+def taps(wl: ConvWorkload) -> list[tuple[int, int, int]]:
+    """(phase, row, column) of each tap (r, s) relative to the output pixel, in the order of the weights."""
+    split = phases(wl)
+    out = []
+    for r in range(wl.kh):
+        for s in range(wl.kw):
+            y, x = r * wl.dilation[0] - wl.padding[0], s * wl.dilation[1] - wl.padding[1]
+            if split is None:
+                out.append((0, y, x))
+            else:
+                phase = split.index.index((y % split.sy, x % split.sx))
+                out.append((phase, y // split.sy, x // split.sx))
+    return out
+
+
+def halo(wl: ConvWorkload) -> Halo:
+    """How far the taps reach outside of the input, or outside of a phase plane of it when strided."""
+    split = phases(wl)
+    h, w = split.shape(wl.h, wl.w) if split else (wl.h, wl.w)
+    rows, cols = [t[1] for t in taps(wl)], [t[2] for t in taps(wl)]
+    return Halo(
+        max(0, -min(rows)), max(0, -min(cols)), max(0, max(rows) + wl.out_h - h), max(0, max(cols) + wl.out_w - w)
+    )
+
+
+def offsets(wl: ConvWorkload, src: Slot, channels: Sequence[int] | None = None) -> npt.NDArray[np.int32]:
+    """int32[c * kh * kw]: address of each column's tap relative to the first pixel of ``src``.
+
+    ``channels``: where each input channel of the convolution is stored (a permutation or selection); default in order.
+    """
+    lay, split = src.layout, phases(wl)
+    planes = len(split.index) if split else 1
+    at = np.array([p * lay.c_pitch + y * lay.row_pitch + x for p, y, x in taps(wl)], np.int64)
+    order = np.arange(wl.c) if channels is None else np.asarray(channels)
+    flat = (order[:, None] * planes * lay.c_pitch + at[None, :]).reshape(-1)
+    if flat.size and np.abs(flat).max() + src.size >= 2**31:
+        raise InternalError(f"convolution {wl}: buffer of {src.size} floats needs 64-bit offsets")
+    return flat.astype(np.int32)
+
+
+def pixel_mask(slot: Slot, count: int) -> npt.NDArray[np.int32]:
+    """int32[count]: -1 where position q of ``slot`` is a pixel, 0 in the gaps."""
+    lay = slot.layout
+    q = np.arange(count)
+    image, rest = (q // lay.n_pitch, q % lay.n_pitch) if lay.n > 1 else (q * 0, q)
+    inside = (image < lay.n) & (rest // lay.row_pitch < lay.h) & (rest % lay.row_pitch < lay.w)
+    return -inside.astype(np.int32)
+
+
+def default_knobs(wl: ConvWorkload, rows: int, dense: bool, src: Slot, dst: Slot, target: CpuTarget) -> Knobs:
+    """Knobs that follow from the caches and registers alone (kernels.md, levers 1, 2 and 6)."""
+    lanes, total = target.lanes, -(-dst.layout.positions // target.lanes)
+    budget = target.registers - 4 - (1 if dense else 2)  # accumulators; the rest holds loaded vectors and broadcasts
+    per_group = wl.k // wl.groups
+    if wl.groups > 1:
+        rows = max(r for r in range(1, rows + 1) if per_group % r == 0)
+    rows = min(rows, per_group)
+    most = max(1, min(budget // rows, 1008 // (4 * lanes)))
+    if dense:
+        most = min(most, 3)
+    elif rows == 1:
+        most = min(most, 7 if lanes == 16 else 8)
+    tiles = -(-total // most)
+    vectors = -(-total // tiles)
+    reach = max(t[1] for t in taps(wl)) - min(t[1] for t in taps(wl))
+    planes = 1 if (s := phases(wl)) is None else len(s.index)
+    footprint = 4 * planes * (vectors * lanes + reach * min(src.layout.row_pitch, vectors * lanes) + lanes)
+    cg = wl.c // wl.groups
+    block = max(8, int(0.75 * target.l1_bytes) // footprint)
+    blocks = max(1, -(-cg // block)) if block < cg else 1
+    groups = max(1, wl.k // rows)
+    chunks = min(max(1, 8 // tiles), groups) if tiles < 8 else 1
+    return Knobs(rows, vectors, -(-cg // blocks), chunks, dense)
+
+
+@dataclass(frozen=True, eq=False)
+class ConvKernel:
+    """A kernel and its constant arguments, in the order of the PrimFunc: src, ``constants``, residuals, out."""
+
+    gemm: Gemm
+    constants: tuple[Array, ...]
+    stored_bytes: int
+
+
+def _cuts(m: GatherMatrix, chunks: int) -> npt.NDArray[np.int32]:
+    """First row group of each chunk, so that chunks hold equal numbers of entries."""
+    if m.dense or m.column.size == 0:
+        return np.linspace(0, m.groups, chunks + 1).astype(np.int32)
+    per_group = np.diff(m.ip).reshape(m.blocks, m.groups).sum(axis=0)
+    total = np.concatenate([[0], np.cumsum(per_group + 4)])  # + 4: starting and storing a group costs too
+    inner = np.searchsorted(total, total[-1] * np.arange(1, chunks) / chunks)
+    return np.concatenate([[0], inner, [m.groups]]).astype(np.int32)
+
+
+def build(
+    wl: ConvWorkload,
+    weight: npt.NDArray[np.float32],
+    src: Slot,
+    dst: Slot,
+    knobs: Knobs,
+    target: CpuTarget,
+    *,
+    epilogue: Program | None = None,
+    channel_consts: Sequence[npt.NDArray[np.float32]] = (),
+    tensors: tuple[Slot, ...] = (),
+    channels: Sequence[int] | None = None,
+) -> ConvKernel:
+    """Encode ``weight`` f32[k, c / groups, kh, kw] for ``knobs`` and describe the kernel.
+
+    ``src`` holds the padded planes (phase planes when strided) and ``dst`` the output; both must agree on positions.
+    """
+    s, d = src.layout, dst.layout
+    if s.row_pitch != d.row_pitch or (wl.n > 1 and s.n_pitch != d.n_pitch) or not (s.plane and d.plane):
+        raise InternalError(f"convolution {wl}: source and output planes differ: {s} and {d}")
+    total = -(-d.positions // target.lanes)
+    if d.c_pitch - d.front < total * target.lanes and not (d.natural and d.positions % target.lanes == 0):
+        raise InternalError(f"convolution {wl}: no room behind the planes of {d}")
+    matrices = encode(
+        weight, conv_groups=wl.groups, rows=knobs.rows, channel_block=knobs.channel_block, dense=knobs.dense
+    )
+    cg, kk = wl.c // wl.groups, wl.kh * wl.kw
+    address = offsets(wl, src, channels)
+    if knobs.dense and wl.groups > 1:
+        step = address.reshape(wl.groups, -1)
+        if not (np.diff(step, axis=0) == step[1] - step[0]).all() or np.ptp(step[1] - step[0]):
+            raise InternalError(f"convolution {wl}: dense groups need evenly spaced channels")
+    planes = 1 if (split := phases(wl)) is None else len(split.index)
+    runs = tuple(RowRun(m.first, m.groups, m.rows, m.blocks, m.column.size if m.dense else 0) for m in matrices)
+    gemm = Gemm(
+        src=src,
+        dst=dst,
+        runs=runs,
+        knobs=knobs,
+        block_columns=knobs.channel_block * kk,
+        group_rows=wl.k // wl.groups,
+        group_step=cg * planes * s.c_pitch,
+        epilogue=epilogue or Program(),
+        tensors=tensors,
+    )
+    constants: list[Array] = []
+    for m in matrices:
+        if not m.dense:
+            constants.append(m.ip)
+        column, data = m.column, m.data.reshape(-1)
+        if column.size == 0:  # TVM has no empty tensors: one entry that no row refers to
+            column, data = np.zeros(1, np.int32), np.zeros(m.rows, np.float32)
+        constants += [address[column], data]
+    stored = sum(a.nbytes for a in constants)
+    constants.append(np.concatenate([_cuts(m, knobs.chunks) for m in matrices]))
+    if gemm.masked:
+        constants.append(pixel_mask(dst, gemm.vectors(target.lanes) * target.lanes))
+    constants += [np.ascontiguousarray(a, np.float32) for a in channel_consts]
+    return ConvKernel(gemm, tuple(constants), stored)

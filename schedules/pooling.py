@@ -1,0 +1,204 @@
+"""Max and average pooling of any kernel, stride, dilation and padding.
+
+Each output row is made in two steps: the rows of its window are reduced into a scratch row with contiguous vectors,
+then the scratch row, which carries the padding on both sides, is reduced along x with shifted vectors (stride 1) or
+shuffles (stride 2 to 4). Border rows are separate code in which only the taps inside of the image exist, so nothing
+ever relies on what the halo of the input holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from tvm.script.ir_builder import tirx as B
+
+from ..errors import InternalError
+from ..layout import LINE, Layout, round_up
+from ..target import CpuTarget
+from ..workload import PoolWorkload
+from .reduce import emit_global_avg_pool, emit_global_pool
+from .rows import Index, View, build, channels_of, fill, load, pick, pieces, splat, store, width_of, zero_halo
+
+__all__ = ["PoolWorkload", "emit_global_avg_pool", "emit_global_pool", "emit_pool"]
+
+SHUFFLE_STEPS = 4
+UNROLL_TAPS = 8  # longer windows loop over their taps
+# A vector that is loaded across two stores still in flight waits for both. With several scratch rows the stores of a
+# row are long done when it is read: 2.5 times faster on 35x35.
+ROW_BLOCK = 8
+LANES = 8  # also on AVX-512: every unaligned zmm access crosses a cache line, of the ymm accesses only half
+STACK = 1023  # bytes; TVM takes larger buffers from a workspace pool
+NEG_INF = float("-inf")
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """Windows of one axis: which taps are inside of the data, and how many positions the average counts."""
+
+    size: int
+    out: int
+    kernel: int
+    stride: int
+    dilation: int
+    before: int
+    after: int
+
+    def taps(self, o: int) -> tuple[int, int]:
+        """First tap of window ``o`` inside of the data, and the number of them."""
+        inside = [t for t in range(self.kernel) if 0 <= o * self.stride + t * self.dilation - self.before < self.size]
+        return (inside[0], len(inside)) if inside else (0, 0)
+
+    def counted(self, o: int, include_pad: bool) -> int:
+        low, high = (-self.before, self.size + self.after) if include_pad else (0, self.size)
+        start = o * self.stride - self.before
+        return max(1, sum(low <= start + t * self.dilation < high for t in range(self.kernel)))
+
+
+def emit_pool(
+    workload: PoolWorkload,
+    src: Layout,
+    dst: Layout,
+    *,
+    src_size: int,
+    dst_size: int,
+    src_channel: int = 0,
+    dst_channel: int = 0,
+    target: CpuTarget,
+) -> Any:
+    """Pool every channel of ``src`` into ``dst``, whose extents are the output's (ceil mode shows only there).
+
+    PrimFunc(src f32[src_size], dst f32[dst_size]). A window without any pixel gives -inf (max) or 0 (avg).
+    Raises InternalError if the layouts differ in N or C or a slice does not fit its buffer.
+    """
+    if (src.n, src.c) != (dst.n, dst.c):
+        raise InternalError(f"pooling cannot turn {src} into {dst}")
+    (kh, kw), (sy, sx), (dy, dx) = workload.kernel, workload.strides, workload.dilation
+    top, left, bottom, right = workload.padding
+    rows = _Axis(src.h, dst.h, kh, sy, dy, top, bottom)
+    columns = _Axis(src.w, dst.w, kw, sx, dx, left, right)
+    lanes = min(target.lanes, LANES)
+    pool = _Pool(workload, rows, columns, lanes)
+
+    def body(x_buffer: Any, y_buffer: Any) -> None:
+        x, y = View(src, src_size, src_channel, x_buffer), View(dst, dst_size, dst_channel, y_buffer)
+        with channels_of(dst) as (c, n):
+            pool.channel(x, y, n, c)
+            zero_halo(y, n, c, lanes)
+
+    return build((("src", src_size, "float32"), ("dst", dst_size, "float32")), body)
+
+
+class _Pool:
+    """Emits the body of one (channel, image)."""
+
+    def __init__(self, workload: PoolWorkload, rows: _Axis, columns: _Axis, lanes: int) -> None:
+        self.workload, self.rows, self.columns, self.lanes = workload, rows, columns, lanes
+        self.is_max = workload.kind == "max"
+        self.identity = NEG_INF if self.is_max else 0.0
+        reach = (columns.out - 1) * columns.stride + (columns.kernel - 1) * columns.dilation + 1
+        slack = columns.stride * width_of(columns.out, lanes) if columns.stride > 1 else 0  # shuffles load whole groups of vectors
+        self.pitch = round_up(max(columns.before + columns.size, reach) + slack, LINE)
+        self.block = max(1, min(ROW_BLOCK, STACK // (4 * self.pitch), rows.out))
+        counts = [columns.counted(j, workload.count_include_pad) for j in range(columns.out)]
+        self.counts = counts if len(set(counts)) > 1 else counts[:1]
+
+    def combine(self, a: Any, b: Any) -> Any:
+        return B.max(a, b) if self.is_max else a + b
+
+    def channel(self, x: View, y: View, n: Index, c: Index) -> None:
+        scratch = B.alloc_buffer((self.block * self.pitch,), "float32")
+        for slot in range(self.block):
+            start, pad = slot * self.pitch, self.columns.before + self.columns.size
+            fill(scratch, start, self.columns.before, self.lanes, self.identity)
+            fill(scratch, start + pad, self.pitch - pad, self.lanes, self.identity)
+        factors = None
+        if not self.is_max and len(self.counts) > 1:
+            factors = B.alloc_buffer((self.columns.out,), "float32")
+            common = max(set(self.counts), key=self.counts.count)
+            fill(factors, 0, self.columns.out, self.lanes, 1 / common)
+            for j, count in enumerate(self.counts):
+                if count != common:
+                    store(factors, j, 1, B.float32(1 / count))
+        signature = lambda i: (*self.rows.taps(i), self.rows.counted(i, self.workload.count_include_pad))  # noqa: E731
+        for (first, taps, counted), group in groupby(range(self.rows.out), signature):
+            ys = list(group)
+            start = first * self.rows.dilation - self.rows.before
+
+            if not taps:
+                for i in ys:
+                    fill(y.buffer, y.at(n, c, i, 0), self.columns.out, self.lanes, self.identity)
+                continue
+
+            def block(i: Index, rows: int, start: int = start, taps: int = taps, counted: int = counted) -> None:
+                with B.serial(0, rows) as r:
+                    at = x.at(n, c, (i + r) * self.rows.stride + start, 0)
+                    self.vertical(scratch, r * self.pitch, x, at, taps)
+                with B.serial(0, rows) as r:
+                    self.horizontal(scratch, r * self.pitch, factors, y, y.at(n, c, i + r, 0), counted)
+
+            whole = len(ys) // self.block
+            if whole:
+                with B.serial(0, whole) as b:
+                    block(b * self.block + ys[0], self.block)
+            if len(ys) % self.block:
+                block(ys[0] + whole * self.block, len(ys) % self.block)
+
+    def reduce(self, taps: int, width: int, value: Callable[[Index], Any]) -> Any:
+        """``value(0)`` combined with ... ``value(taps - 1)``: straight-line code, or a loop for long windows."""
+        if taps <= UNROLL_TAPS:
+            total = value(0)
+            for t in range(1, taps):
+                total = self.combine(total, value(t))
+            return total
+        acc = B.alloc_buffer((width,), "float32")
+        store(acc, 0, width, value(0))
+        with B.serial(0, taps - 1) as t:
+            store(acc, 0, width, self.combine(load(acc, 0, width), value(t + 1)))
+        return load(acc, 0, width)
+
+    def vertical(self, scratch: Any, row: Index, x: View, at: Index, taps: int) -> None:
+        pitch = self.rows.dilation * x.layout.row_pitch
+
+        def piece(j: Index, width: int) -> None:
+            value = self.reduce(taps, width, lambda t: load(x.buffer, at + (j + t * pitch), width))
+            store(scratch, row + (j + self.columns.before), width, value)
+
+        pieces(self.columns.size, self.lanes, piece)
+
+    def horizontal(self, scratch: Any, row: Index, factors: Any, y: View, at: Index, counted: int) -> None:
+        axis = self.columns
+
+        def finish(j: Index, width: int, value: Any) -> None:
+            if not self.is_max:
+                if factors is not None:
+                    value = value * load(factors, j, width)
+                scale = 1 / counted if factors is not None else 1 / (counted * self.counts[0])
+                value = value * splat(scale, width)
+            store(y.buffer, at + j, width, value)
+
+        def shuffled(j: Index, width: int) -> None:
+            groups: dict[int, list[Any]] = {}
+            total = None
+            for t in range(axis.kernel):
+                group, phase = divmod(t * axis.dilation, axis.stride)
+                if group not in groups:
+                    base = (j + group) * axis.stride
+                    groups[group] = [load(scratch, row + (base + k * width), width) for k in range(axis.stride)]
+                value = pick(groups[group], width, axis.stride, phase)
+                total = value if total is None else self.combine(total, value)
+            finish(j, width, total)
+
+        def shifted(j: Index, width: int) -> None:
+            finish(j, width, self.reduce(axis.kernel, width, lambda t: load(scratch, row + (j + t * axis.dilation), width)))
+
+        if axis.stride == 1:
+            pieces(axis.out, self.lanes, shifted)
+        elif axis.stride <= SHUFFLE_STEPS and axis.kernel <= 2 * UNROLL_TAPS:
+            pieces(axis.out, self.lanes, shuffled)
+        else:
+            with B.serial(0, axis.out) as j:
+                start = row + j * axis.stride
+                finish(j, 1, self.reduce(axis.kernel, 1, lambda t: scratch[start + t * axis.dilation]))

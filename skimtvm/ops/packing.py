@@ -1,0 +1,46 @@
+"""NumPy side of layouts: pack logical NCHW arrays into flat buffers, take them out again, and run one kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ..layout import Layout
+from ..target import CpuTarget
+
+
+def addresses(layout: Layout, channel: int = 0) -> np.ndarray:
+    """int64[N, C, H, W]: where each pixel of a tensor lives whose channel 0 is channel ``channel`` of its buffer."""
+    n, c, y, x = np.ogrid[: layout.n, channel : channel + layout.c, : layout.h, : layout.w]
+    return layout.front + c * layout.c_pitch + n * layout.n_pitch + y * layout.row_pitch + x
+
+
+def pack(array: np.ndarray, layout: Layout, *, size: int | None = None, channel: int = 0, fill: float = 0.0) -> np.ndarray:
+    """float32[size] with ``array`` (float32[N, C, H, W]) in ``layout`` and ``fill`` everywhere else."""
+    buffer = np.full(layout.size if size is None else size, fill, np.float32)
+    buffer[addresses(layout, channel)] = array
+    return buffer
+
+
+def unpack(buffer: np.ndarray, layout: Layout, channel: int = 0) -> np.ndarray:
+    """The logical float32[N, C, H, W] that ``buffer`` holds."""
+    return buffer[addresses(layout, channel)]
+
+
+def compile_kernel(func: Any, target: CpuTarget) -> Any:
+    """Executable of a single PrimFunc, which becomes its function ``main``."""
+    import tvm
+
+    return tvm.compile(func.with_attr("global_symbol", "main"), target=target.tvm())
+
+
+def run_kernel(func: Any, inputs: Sequence[np.ndarray], size: int, target: CpuTarget) -> np.ndarray:
+    """float32[size] that the kernel writes, prefilled with NaN so that floats it leaves alone show."""
+    import tvm
+
+    arguments = [tvm.runtime.tensor(np.ascontiguousarray(array)) for array in inputs]
+    out = tvm.runtime.tensor(np.full(size, np.nan, np.float32))
+    compile_kernel(func, target)["main"](*arguments, out)
+    return out.numpy()
