@@ -56,7 +56,7 @@ def ints(values: Any) -> list[int]:
     """Python ints of an attribute that is an int, an array of ints or an array of integer expressions."""
     if values is None:
         return []
-    return [int(values)] if isinstance(values, int) else [int(v) for v in values]
+    return [int(v) for v in values] if hasattr(values, "__len__") else [int(values)]
 
 
 def is_const(expr: Any) -> bool:
@@ -163,12 +163,12 @@ class Graph:
 
     def single_use(self, expr: Any) -> bool:
         """Exactly one value reads the variable and it is not the network output."""
-        return len(self.users.get(expr, ())) == 1 and not self._is_result(expr)
+        return len(self.users.get(expr, ())) == 1 and not self.is_result(expr)
 
     def is_param(self, expr: Any) -> bool:
         return isinstance(expr, relax.Var) and expr not in self.defs
 
-    def _is_result(self, var: Any) -> bool:
+    def is_result(self, var: Any) -> bool:
         return any(leaf.same_as(var) for leaf in tensor_leaves(self.result))
 
     def order(self) -> list[Any]:
@@ -206,12 +206,12 @@ class Graph:
 
     def replace(self, var: Any, expr: Any) -> Any:
         """Let every reader of ``var`` read ``expr`` instead; the type must not change. Returns the new value."""
-        new = self.emit(expr, var.name_hint)
+        new = self.emit(expr, var.name)
         if isinstance(new, relax.Tuple):
-            new_var = relax.Var(var.name_hint, var.ty)
+            new_var = relax.Var(var.name, var.ty)
             self._define(new_var, new)
             new = new_var
-        if not isinstance(var.ty, relax.TupleType) and (shape_of(var), dtype_of(var)) != (shape_of(new), dtype_of(new)):
+        if isinstance(var.ty, relax.TensorType) and (shape_of(var), dtype_of(var)) != (shape_of(new), dtype_of(new)):
             raise InternalError(f"a rewrite of {self.defs[var]} changed its type to {new.ty}; please report this bug")
         if new.same_as(var):
             return new
@@ -246,10 +246,21 @@ class Graph:
         stack = [var]
         while stack:
             v = stack.pop()
-            if v not in self.defs or self.users.get(v) or self._is_result(v):
+            if v not in self.defs or self.users.get(v) or self.is_result(v):
                 continue
             self._undefine(v)
             stack.extend(tensor_leaves(self.defs.pop(v)))
+
+    def snapshot(self) -> tuple[Any, ...]:
+        """The state of the graph, for ``restore``."""
+        return dict(self.defs), {v: dict(u) for v, u in self.users.items()}, self.result
+
+    def restore(self, state: tuple[Any, ...]) -> None:
+        self.defs, self.users, self.result = state
+
+    def count(self, name: str) -> int:
+        """How many live calls of an operator there are."""
+        return sum(op_name(expr) == name for expr in self.defs.values())
 
     # -- back to Relax ---------------------------------------------------------------------------------------------
     def module(self) -> tvm.IRModule:
@@ -263,7 +274,7 @@ class Graph:
                 for var in order:
                     expr = substitute(self.defs[var], mapping)
                     emit = bb.emit_output if last is not None and var.same_as(last) else bb.emit
-                    mapping[var] = emit(expr, name_hint=var.name_hint)
+                    mapping[var] = emit(expr, name_hint=var.name)
                 if last is None:
                     mapping_result = substitute(self.result, mapping)
                     out = bb.emit_output(mapping_result)

@@ -80,14 +80,15 @@ def pixel_mask(slot: Slot, count: int) -> npt.NDArray[np.int32]:
 def default_knobs(wl: ConvWorkload, rows: int, dense: bool, src: Slot, dst: Slot, target: CpuTarget) -> Knobs:
     """Knobs that follow from the caches and registers alone (kernels.md, levers 1, 2 and 6)."""
     lanes, total = target.lanes, -(-dst.layout.positions // target.lanes)
-    budget = target.registers - 4 - (1 if dense else 2)  # accumulators; the rest holds loaded vectors and broadcasts
+    budget = target.registers - 6  # accumulators; the rest holds loaded vectors and broadcasts
     per_group = wl.k // wl.groups
     if wl.groups > 1:
         rows = max(r for r in range(1, rows + 1) if per_group % r == 0)
     rows = min(rows, per_group)
     most = max(1, min(budget // rows, 1008 // (4 * lanes)))
     if dense:
-        most = min(most, 3)
+        # One vector: weights come as broadcast memory operands of the multiply-adds, and LLVM does not spill.
+        most = 1
     elif rows == 1:
         most = min(most, 7 if lanes == 16 else 8)
     tiles = -(-total // most)
@@ -97,7 +98,8 @@ def default_knobs(wl: ConvWorkload, rows: int, dense: bool, src: Slot, dst: Slot
     footprint = 4 * planes * (vectors * lanes + reach * min(src.layout.row_pitch, vectors * lanes) + lanes)
     cg = wl.c // wl.groups
     block = max(8, int(0.75 * target.l1_bytes) // footprint)
-    blocks = max(1, -(-cg // block)) if block < cg else 1
+    # A dense tile of one vector streams well from L2; splitting it only costs partial sums.
+    blocks = -(-cg // block) if block < cg and not dense else 1
     groups = max(1, wl.k // rows)
     chunks = min(max(1, 8 // tiles), groups) if tiles < 8 else 1
     return Knobs(rows, vectors, -(-cg // blocks), chunks, dense)

@@ -80,8 +80,6 @@ def emit_gather_channels(
     same_pixels(src, dst, channels=_whole)
     if len(channels) != dst.c or not all(0 <= c < src.c for c in channels):
         raise InternalError(f"gather of channels {channels[:8]}... does not fit {src.c} -> {dst.c} channels")
-    View(src, src_size, src_channel)
-    out_view = View(dst, dst_size, dst_channel)
     flat_src, flat_dst = flatten(src, dst)
     lanes = target.lanes
 
@@ -91,17 +89,20 @@ def emit_gather_channels(
         for start, count, period, step, stride in _runs(channels):
             with channels_of(flat_dst.with_channels(count)) as (i, n):
                 c = i * step if period == count else B.floormod(i, period) * step + B.floordiv(i, period) * stride
-                _copy_rows(x, y, n, c + channels[start], i + start, lanes)
+                _copy_rows(x, y, n, (c + channels[start], i + start), lanes)
                 zero_halo(y, n, i + start, lanes)
 
-    del out_view
     return build((("src", src_size, "float32"), ("dst", dst_size, "float32")), body)
 
 
-def _copy_rows(x: View, y: View, n: Index, c_src: Index, c_dst: Index, lanes: int) -> None:
+def _copy_rows(x: View, y: View, n: Index, channels: tuple[Index, Index], lanes: int) -> None:
     with B.serial(0, y.layout.h) as row:
-        from_at, to_at = x.at(n, c_src, row, 0), y.at(n, c_dst, row, 0)
-        pieces(y.layout.w, lanes, lambda j, width: store(y.buffer, to_at + j, width, load(x.buffer, from_at + j, width)))
+        from_at, to_at = x.at(n, channels[0], row, 0), y.at(n, channels[1], row, 0)
+
+        def piece(j: Index, width: int) -> None:
+            store(y.buffer, to_at + j, width, load(x.buffer, from_at + j, width))
+
+        pieces(y.layout.w, lanes, piece)
 
 
 def emit_split_phases(
@@ -134,7 +135,7 @@ def emit_split_phases(
                 if rows:
                     with B.serial(0, rows) as i:
                         from_at = x.at(n, c, i * sy + py, 0)
-                        _split_row(x_buffer, from_at, src.w, y, [(px, y.at(n, p, i, 0)) for px, p in planes], sx, lanes)
+                        _split_row(x, from_at, y, [(px, y.at(n, p, i, 0)) for px, p in planes], sx=sx, lanes=lanes)
                 for _, plane in planes:
                     for i in range(rows, dst.h):
                         fill(y_buffer, y.at(n, plane, i, 0), dst.w, lanes)
@@ -144,23 +145,21 @@ def emit_split_phases(
     return build((("src", src_size, "float32"), ("dst", dst_size, "float32")), body)
 
 
-def _split_row(
-    x: Any, from_at: Index, w: int, y: View, planes: list[tuple[int, Index]], sx: int, lanes: int
-) -> None:
-    """One row of ``w`` pixels at ``from_at`` to rows of the phases ``planes``: (column phase, address)."""
-    out_w = y.layout.w
+def _split_row(x: View, from_at: Index, y: View, planes: list[tuple[int, Index]], *, sx: int, lanes: int) -> None:
+    """The row at ``from_at`` to rows of the phases ``planes``: (column phase, address)."""
+    w, out_w = x.layout.w, y.layout.w
     whole = min(out_w, w // sx)  # columns for which every phase has a pixel: vector loads stay inside of the row
     if sx > SHUFFLE_STEPS:
         for px, to_at in planes:
             columns = max(0, min(out_w, -(-(w - px) // sx)))
             if columns:
                 with B.serial(0, columns) as j:
-                    store(y.buffer, to_at + j, 1, x[from_at + (j * sx + px)])
+                    store(y.buffer, to_at + j, 1, x.buffer[from_at + (j * sx + px)])
             fill(y.buffer, to_at + columns, out_w - columns, lanes)
         return
 
     def piece(j: Index, width: int) -> None:
-        vectors = [load(x, from_at + (j * sx + k * width), width) for k in range(sx)]
+        vectors = [load(x.buffer, from_at + (j * sx + k * width), width) for k in range(sx)]
         for px, to_at in planes:
             store(y.buffer, to_at + j, width, pick(vectors, width, sx, px) if sx > 1 else vectors[0])
 
@@ -168,5 +167,5 @@ def _split_row(
     for px, to_at in planes:
         columns = max(0, min(out_w, -(-(w - px) // sx)))
         for j in range(whole, columns):
-            store(y.buffer, to_at + j, 1, x[from_at + (j * sx + px)])
+            store(y.buffer, to_at + j, 1, x.buffer[from_at + (j * sx + px)])
         fill(y.buffer, to_at + columns, out_w - columns, lanes)

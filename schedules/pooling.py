@@ -32,6 +32,7 @@ ROW_BLOCK = 8
 LANES = 8  # also on AVX-512: every unaligned zmm access crosses a cache line, of the ymm accesses only half
 STACK = 1023  # bytes; TVM takes larger buffers from a workspace pool
 NEG_INF = float("-inf")
+Scale = tuple[Any, int]  # 1 / counted columns as a buffer, where it varies along the row, and the counted rows
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,8 @@ class _Pool:
         self.is_max = workload.kind == "max"
         self.identity = NEG_INF if self.is_max else 0.0
         reach = (columns.out - 1) * columns.stride + (columns.kernel - 1) * columns.dilation + 1
-        slack = columns.stride * width_of(columns.out, lanes) if columns.stride > 1 else 0  # shuffles load whole groups of vectors
+        # Shuffles load whole groups of vectors, of which the last lanes are not used.
+        slack = columns.stride * width_of(columns.out, lanes) if columns.stride > 1 else 0
         self.pitch = round_up(max(columns.before + columns.size, reach) + slack, LINE)
         self.block = max(1, min(ROW_BLOCK, STACK // (4 * self.pitch), rows.out))
         counts = [columns.counted(j, workload.count_include_pad) for j in range(columns.out)]
@@ -122,7 +124,11 @@ class _Pool:
             for j, count in enumerate(self.counts):
                 if count != common:
                     store(factors, j, 1, B.float32(1 / count))
-        signature = lambda i: (*self.rows.taps(i), self.rows.counted(i, self.workload.count_include_pad))  # noqa: E731
+
+        def signature(i: int) -> tuple[int, int, int]:
+            counted = 1 if self.is_max else self.rows.counted(i, self.workload.count_include_pad)
+            return (*self.rows.taps(i), counted)
+
         for (first, taps, counted), group in groupby(range(self.rows.out), signature):
             ys = list(group)
             start = first * self.rows.dilation - self.rows.before
@@ -137,7 +143,7 @@ class _Pool:
                     at = x.at(n, c, (i + r) * self.rows.stride + start, 0)
                     self.vertical(scratch, r * self.pitch, x, at, taps)
                 with B.serial(0, rows) as r:
-                    self.horizontal(scratch, r * self.pitch, factors, y, y.at(n, c, i + r, 0), counted)
+                    self.horizontal(scratch, r * self.pitch, y, y.at(n, c, i + r, 0), (factors, counted))
 
             whole = len(ys) // self.block
             if whole:
@@ -168,15 +174,15 @@ class _Pool:
 
         pieces(self.columns.size, self.lanes, piece)
 
-    def horizontal(self, scratch: Any, row: Index, factors: Any, y: View, at: Index, counted: int) -> None:
-        axis = self.columns
+    def horizontal(self, scratch: Any, row: Index, y: View, at: Index, scale: Scale) -> None:
+        axis, (factors, counted) = self.columns, scale
 
         def finish(j: Index, width: int, value: Any) -> None:
             if not self.is_max:
                 if factors is not None:
                     value = value * load(factors, j, width)
-                scale = 1 / counted if factors is not None else 1 / (counted * self.counts[0])
-                value = value * splat(scale, width)
+                total = counted if factors is not None else counted * self.counts[0]
+                value = value * splat(1 / total, width)
             store(y.buffer, at + j, width, value)
 
         def shuffled(j: Index, width: int) -> None:
@@ -192,7 +198,10 @@ class _Pool:
             finish(j, width, total)
 
         def shifted(j: Index, width: int) -> None:
-            finish(j, width, self.reduce(axis.kernel, width, lambda t: load(scratch, row + (j + t * axis.dilation), width)))
+            def tap(t: Index) -> Any:
+                return load(scratch, row + (j + t * axis.dilation), width)
+
+            finish(j, width, self.reduce(axis.kernel, width, tap))
 
         if axis.stride == 1:
             pieces(axis.out, self.lanes, shifted)

@@ -249,7 +249,7 @@ def link(output: str, objects: Sequence[str], options: Sequence[str] | None = No
     for command in _linkers():
         args = [*command, "-o", output, *map(str, objects), *(options or ())]
         try:
-            done = subprocess.run(args, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+            done = subprocess.run(args, check=False, stdin=subprocess.DEVNULL, capture_output=True, errors="replace")
         except OSError as e:
             failures.append(f"{command[0]}: {e.strerror}")
             continue

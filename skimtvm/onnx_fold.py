@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.defs
+import onnx.shape_inference
 from onnx import TensorProto, numpy_helper
 
 from .errors import InvalidModel
@@ -100,6 +102,16 @@ def _constant(node: Any) -> Any:
     return numpy_helper.from_array(array, node.output[0])
 
 
+def add_initializer(graph: Any, name: str, array: np.ndarray) -> None:
+    """Append ``array`` to the initializers with one copy of its data."""
+    plain = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.int64): TensorProto.INT64}.get(array.dtype)
+    if plain is None:
+        graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(array).reshape(array.shape), name))
+    else:
+        tensor = graph.initializer.add(name=name, data_type=plain, dims=array.shape)
+        tensor.raw_data = array.tobytes()
+
+
 def densify(model: Any) -> None:
     """Turn sparse initializers into dense ones, and Constant nodes of the main graph into initializers."""
     graph = model.graph
@@ -119,19 +131,38 @@ def densify(model: Any) -> None:
 
 
 def _replace(field: Any, items: list[Any]) -> None:
-    """Replace the content of a repeated field; ``items`` may hold elements of that very field."""
-    if len(items) == len(field) and all(a is b for a, b in zip(items, field, strict=True)):
+    """Replace the content of a repeated field by ``items``, which may be elements of that very field."""
+    here, kept = {id(i) for i in field}, {id(i) for i in items}
+    if kept <= here:  # only removals: no copy of weights
+        for k in reversed(range(len(field))):
+            if id(field[k]) not in kept:
+                del field[k]
         return
     copies = [type(i).FromString(i.SerializePartialToString()) for i in items]
     del field[:]
     field.extend(copies)
 
 
+def _direct(op: str, attrs: dict[str, Any], arrays: list[np.ndarray]) -> np.ndarray | None:
+    """Result of operators that the reference implementation is slow at, or knows only since opset 11 or 13."""
+    if op == "ConstantOfShape":
+        fill = numpy_helper.to_array(attrs["value"]).reshape(-1)[0] if "value" in attrs else np.float32(0)
+        return np.full(tuple(arrays[0]), fill)
+    if op == "Identity":
+        return arrays[0]
+    if op == "Unsqueeze" and "axes" in attrs:
+        return np.expand_dims(arrays[0], tuple(attrs["axes"]))
+    if op == "Clip" and len(arrays) == 1:
+        low, high = attrs.get("min", -np.inf), attrs.get("max", np.inf)
+        return np.clip(arrays[0], low, high).astype(arrays[0].dtype)
+    return None
+
+
 class _Folder:
     """One round over the nodes of the main graph."""
 
-    def __init__(self, model: Any, types: dict[str, TypeShape]):
-        self.graph, self.types = model.graph, types
+    def __init__(self, model: Any, types: dict[str, TypeShape], shapes: bool = True):
+        self.graph, self.types, self.shapes = model.graph, types, shapes
         self.opset = opset_of(model)
         self.opsets = {o.domain: o.version for o in model.opset_import}
         self.tensors = {t.name: t for t in self.graph.initializer}
@@ -150,11 +181,7 @@ class _Folder:
         sizes = [self.types.get(o, (0, None))[1] for o in node.output if o]
         if any(shape is None for shape in sizes):
             return node.op_type not in _GROWING
-        return all(math.prod(shape) * 8 <= FOLD_BYTES or self._bytes(shape) <= FOLD_BYTES for shape in sizes if shape)
-
-    @staticmethod
-    def _bytes(shape: tuple[int, ...]) -> int:
-        return math.prod(shape) * 4
+        return all(math.prod(shape) * 4 <= FOLD_BYTES for shape in sizes if shape)
 
     def _shape_of(self, node: Any) -> np.ndarray | None:
         shape = self.types.get(node.input[0], (0, None))[1]
@@ -170,23 +197,22 @@ class _Folder:
         op = node.op_type
         if node.domain not in ("", "ai.onnx") or op in _NEVER or any(True for _ in subgraphs(node)):
             return None
-        if op in ("Shape", "Size") and (value := self._shape_of(node)) is not None:
+        if self.shapes and op in ("Shape", "Size") and (value := self._shape_of(node)) is not None:
             return [value]
         if not node.input or not all(self.is_const(i) for i in node.input if i) or not self._small(node):
             return None
         if op in _SINCE_13 and self.opset < 13:
             return None
-        if op == "ConstantOfShape" and len(node.attribute) <= 1:  # the commonest by far, and slow by reference
-            value = _attributes(node).get("value")
-            fill = numpy_helper.to_array(value).reshape(-1)[0] if value is not None else np.float32(0)
-            return [np.full(tuple(self.array(node.input[0])), fill)]
-        if op == "Identity":
-            return [self.array(node.input[0])]
+        direct = _direct(op, _attributes(node), [self.array(i) for i in node.input if i])
+        if direct is not None:
+            return [direct]
+        from onnx.reference import ReferenceEvaluator
+
         try:
             feeds = {i: self.array(i) for i in node.input if i}
             with warnings.catch_warnings(), np.errstate(all="ignore"):
                 warnings.simplefilter("ignore")
-                results = onnx.reference.ReferenceEvaluator(node, opsets=self.opsets).run(None, feeds)
+                results = ReferenceEvaluator(node, opsets=self.opsets).run(None, feeds)
         except Exception:  # an operator that NumPy cannot do stays in the graph, and is reported there if it must
             return None
         arrays = [np.asarray(r) for r in results]
@@ -239,7 +265,7 @@ class _Folder:
             used = {i for n in keep for i in used_names(n)} | {o.name for o in self.graph.output}
             for name, array in self.arrays.items():
                 if name not in self.tensors and name in used:
-                    self.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(array).reshape(array.shape), name))
+                    add_initializer(self.graph, name, array)
             _replace(self.graph.node, keep)
         return changed
 
@@ -334,6 +360,7 @@ def drop_identities(model: Any, types: dict[str, TypeShape]) -> bool:
             # The value takes the name that the user knows; its producer and its earlier readers come before this node.
             for earlier in keep:
                 rename_values(earlier, {source: result})
+            names = {k: result if v == source else v for k, v in names.items()}
             names[source] = result
             produced.add(result)
         else:
@@ -343,15 +370,15 @@ def drop_identities(model: Any, types: dict[str, TypeShape]) -> bool:
     return changed
 
 
-def fold(model: Any) -> dict[str, TypeShape]:
+def fold(model: Any, *, shapes: bool = True) -> dict[str, TypeShape]:
     """Simplify until nothing changes; returns the types and shapes of what is left.
 
-    The shapes of the graph inputs must be final: they are folded into the graph.
+    ``shapes``: the shapes of the graph inputs are final, and what the graph computes from them is constant too.
     """
     types: dict[str, TypeShape] = {}
     for _ in range(_ROUNDS):
         types = infer(model)
-        changed = _Folder(model, types).run()
+        changed = _Folder(model, types, shapes).run()
         changed |= drop_identities(model, types)
         drop_dead(model)
         if not changed:

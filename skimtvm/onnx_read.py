@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import onnx
+import onnx.checker
+import onnx.defs
 from onnx import TensorProto
 
 from .errors import InvalidModel, UnsupportedModel
@@ -264,8 +266,12 @@ def _check(model: Any, where: str) -> None:
             f"export it with opset {newest} or older"
         )
     check_tensor_sizes(model)
+    copy = skeleton(model)
+    for value in (*copy.graph.input, *copy.graph.output):
+        if value.type.HasField("tensor_type"):  # the checker insists on a shape, which is in fact optional
+            value.type.tensor_type.shape.SetInParent()
     try:
-        onnx.checker.check_model(skeleton(model))
+        onnx.checker.check_model(copy)
     except Exception as err:  # ValidationError, or whatever the bindings raise
         raise InvalidModel(f"{where}: breaks the rules of ONNX: {one_line(err)}") from None
 

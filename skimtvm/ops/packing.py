@@ -17,7 +17,9 @@ def addresses(layout: Layout, channel: int = 0) -> np.ndarray:
     return layout.front + c * layout.c_pitch + n * layout.n_pitch + y * layout.row_pitch + x
 
 
-def pack(array: np.ndarray, layout: Layout, *, size: int | None = None, channel: int = 0, fill: float = 0.0) -> np.ndarray:
+def pack(
+    array: np.ndarray, layout: Layout, *, size: int | None = None, channel: int = 0, fill: float = 0.0
+) -> np.ndarray:
     """float32[size] with ``array`` (float32[N, C, H, W]) in ``layout`` and ``fill`` everywhere else."""
     buffer = np.full(layout.size if size is None else size, fill, np.float32)
     buffer[addresses(layout, channel)] = array
@@ -44,3 +46,24 @@ def run_kernel(func: Any, inputs: Sequence[np.ndarray], size: int, target: CpuTa
     out = tvm.runtime.tensor(np.full(size, np.nan, np.float32))
     compile_kernel(func, target)["main"](*arguments, out)
     return out.numpy()
+
+
+def check_output(
+    buffer: np.ndarray, want: np.ndarray, layout: Layout, *, channel: int = 0, rtol: float = 0.0, atol: float = 0.0
+) -> None:
+    """Assert what every kernel promises about a buffer that held NaN before it ran.
+
+    The pixels are ``want`` (any float array [N, C, H, W]); the rest of the tensor's channels is 0 if the layout says
+    so; nothing else was written.
+    """
+    np.testing.assert_allclose(unpack(buffer, layout, channel), want, rtol=rtol, atol=atol)
+    others = np.ones(buffer.size, bool)
+    others[addresses(layout, channel)] = False
+    if layout.zero_halo:
+        own = np.zeros(buffer.size, bool)
+        own[channel * layout.c_pitch : (channel + layout.c) * layout.c_pitch] = True
+        halo = np.flatnonzero(others & own & ~(buffer == 0))
+        assert halo.size == 0, f"{halo.size} floats of the halo are not 0, the first at {halo[0]}"
+        others &= ~own
+    written = np.flatnonzero(others & ~np.isnan(buffer))
+    assert written.size == 0, f"{written.size} floats outside of the tensor were written, the first at {written[0]}"

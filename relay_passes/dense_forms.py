@@ -1,0 +1,208 @@
+"""One form for layers that are matrix products or one-dimensional: 2-D ``matmul`` and ``conv2d``, reshapes pushed outwards.
+
+* a convolution whose window is its whole unpadded input (1x1 on 1x1, or a fully connected layer written as 7x7 on 7x7)
+  becomes reshape + matmul + reshape;
+* matmul of a batch of rows with constant weights becomes a 2-D matmul between reshapes;
+* conv1d and 1-D pooling become their 2-D forms on (N, C, 1, L);
+* reshapes move behind elementwise operators, so that bias and activation stay next to the layer, and meet other reshapes.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from tvm import relax
+
+from ._utils import (
+    BINARY,
+    UNARY,
+    Graph,
+    Rewriter,
+    Rule,
+    const,
+    dtype_of,
+    graph_pass,
+    ints,
+    is_const,
+    like,
+    op_name,
+    shape_of,
+    value,
+    with_span,
+)
+
+
+def _conv_to_dense(graph: Graph, var: Any, call: Any) -> Any:
+    """conv2d that sees its whole input at once -> matmul. Any stride: there is only one position."""
+    data, weight = call.args[0], call.args[1]
+    a = call.attrs
+    if not is_const(weight) or int(a.groups) != 1 or any(ints(a.padding)):
+        return None
+    if (str(a.data_layout), str(a.kernel_layout)) != ("NCHW", "OIHW") or shape_of(data)[1:] != shape_of(weight)[1:]:
+        return None
+    n, k = shape_of(data)[0], shape_of(weight)[0]
+    matrix = np.ascontiguousarray(value(weight).reshape(k, -1).T)
+    dense = relax.op.matmul(relax.op.reshape(data, (n, matrix.shape[0])), const(matrix))
+    return relax.op.reshape(with_span(dense, call.span), shape_of(var))
+
+
+def _matmul_rows(graph: Graph, var: Any, call: Any) -> Any:
+    """(..., M, K) @ const (K, N) -> one 2-D product of all rows."""
+    data, weight = call.args
+    if not is_const(weight) or len(shape_of(weight)) != 2 or len(shape_of(data)) < 3:
+        return None
+    k, n = shape_of(weight)
+    rows = math.prod(shape_of(data)[:-1])
+    dense = like(call, [relax.op.reshape(data, (rows, k)), weight])
+    return relax.op.reshape(dense, (*shape_of(data)[:-1], n))
+
+
+def _rows(pair: Any, fill: int) -> list[int]:
+    return [fill, *ints(pair)]
+
+
+def _pads(pads: Any) -> list[int]:
+    """[top, left, bottom, right] of a 1-D padding attribute."""
+    before, *after = ints(pads)
+    return [0, before, 0, after[0] if after else before]
+
+
+def _lifted(data: Any) -> Any:
+    n, c, length = shape_of(data)
+    return relax.op.reshape(data, (n, c, 1, length))
+
+
+def _conv1d(graph: Graph, var: Any, call: Any) -> Any:
+    a = call.attrs
+    weight = call.args[1]
+    if (str(a.data_layout), str(a.kernel_layout)) != ("NCW", "OIW") or not is_const(weight):
+        return None
+    k, c, window = shape_of(weight)
+    conv = relax.op.nn.conv2d(
+        _lifted(call.args[0]),
+        const(value(weight).reshape(k, c, 1, window)),
+        strides=_rows(a.strides, 1),
+        padding=_pads(a.padding),
+        dilation=_rows(a.dilation, 1),
+        groups=int(a.groups),
+    )
+    return relax.op.reshape(with_span(conv, call.span), shape_of(var))
+
+
+def _pool1d(graph: Graph, var: Any, call: Any) -> Any:
+    a = call.attrs
+    if str(a.layout) != "NCW":
+        return None
+    op = {"nn.max_pool1d": relax.op.nn.max_pool2d, "nn.avg_pool1d": relax.op.nn.avg_pool2d}[op_name(call)]
+    pool = op(
+        _lifted(call.args[0]),
+        pool_size=_rows(a.pool_size, 1),
+        strides=_rows(a.strides, 1),
+        padding=_pads(a.padding),
+        dilation=_rows(a.dilation, 1),
+        ceil_mode=bool(a.ceil_mode),
+        count_include_pad=bool(a.count_include_pad),
+    )
+    return relax.op.reshape(pool, shape_of(var))
+
+
+# -- reshapes move behind elementwise operators ----------------------------------------------------------------------
+def _reshaped(graph: Graph, expr: Any) -> Any:
+    """x when ``expr`` is reshape(x) of a value (not of a constant), else None."""
+    call = graph.get(expr)
+    return call.args[0] if op_name(call) == "reshape" and not is_const(call.args[0]) else None
+
+
+def _same_without_ones(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
+    return [d for d in a if d != 1] == [d for d in b if d != 1]
+
+
+def _sink_unary(graph: Graph, var: Any, call: Any) -> Any:
+    x = _reshaped(graph, call.args[0])
+    return None if x is None else relax.op.reshape(like(call, [x, *list(call.args)[1:]]), shape_of(var))
+
+
+def _sink_const(numbers: Any, before: tuple[int, ...], after: tuple[int, ...]) -> Any:
+    """The constant that acts on a tensor of shape ``before`` as ``numbers`` acts on its reshape to ``after``; else None."""
+    shape = shape_of(numbers)
+    if math.prod(shape) == 1:
+        return const(value(numbers).reshape(()), dtype_of(numbers))
+    full = (1,) * (len(after) - len(shape)) + shape
+    if len(full) > len(after) or any(f not in (1, d) for f, d in zip(full, after, strict=True)):
+        return None
+    if _same_without_ones(before, after):
+        sizes = [f for f, d in zip(full, after, strict=True) if d != 1]
+        mapped = [sizes.pop(0) if d != 1 else 1 for d in before]
+        if len(before) == 2 and mapped[0] == 1:  # a bias of a dense layer has shape (K,)
+            mapped = mapped[1:]
+        return const(value(numbers).reshape(mapped), dtype_of(numbers))
+    if set(full[:-1]) == {1} and before[-1:] == after[-1:]:
+        return const(value(numbers).reshape(-1), dtype_of(numbers))
+    return None
+
+
+def _sink_binary(graph: Graph, var: Any, call: Any) -> Any:
+    left, right = call.args
+    shape = shape_of(var)
+    xs = [_reshaped(graph, a) for a in (left, right)]
+    if xs[0] is not None and xs[1] is not None:
+        if shape_of(xs[0]) != shape_of(xs[1]) or shape_of(left) != shape_of(right):
+            return None
+        return relax.op.reshape(like(call, xs), shape)
+    at = 0 if xs[0] is not None else 1
+    numbers = call.args[1 - at]
+    if xs[at] is None or not is_const(numbers) or shape_of(call.args[at]) != shape:
+        return None
+    moved = _sink_const(numbers, shape_of(xs[at]), shape)
+    if moved is None:
+        return None
+    return relax.op.reshape(like(call, [xs[at], moved] if at == 0 else [moved, xs[at]]), shape)
+
+
+def _row_source(graph: Graph, expr: Any) -> Any:
+    """x of shape (N, C, 1, L) when ``expr`` is its reshape to (N, C, L)."""
+    x = _reshaped(graph, expr)
+    if x is None or len(shape_of(x)) != 4 or len(shape_of(expr)) != 3:
+        return None
+    n, c, length = shape_of(expr)
+    return x if shape_of(x) == (n, c, 1, length) else None
+
+
+def _sink_concat(graph: Graph, var: Any, call: Any) -> Any:
+    fields = graph.get(call.args[0])
+    if not isinstance(fields, relax.Tuple) or len(shape_of(var)) != 3 or int(call.attrs.axis or 0) % 3 != 1:
+        return None
+    xs = [_row_source(graph, f) for f in fields.fields]
+    return None if any(x is None for x in xs) else relax.op.reshape(relax.op.concat(xs, 1), shape_of(var))
+
+
+def _sink_mean(graph: Graph, var: Any, call: Any) -> Any:
+    """Global pooling of a 1-D network."""
+    x = _row_source(graph, call.args[0])
+    if x is None or [a % 3 for a in ints(call.attrs.axis)] != [2]:
+        return None
+    pooled = getattr(relax.op, op_name(call))(x, [2, 3], False)
+    return relax.op.reshape(pooled, shape_of(var)) if bool(call.attrs.keepdims) else pooled
+
+
+class _DenseForms(Rewriter):
+    """``rewrites`` counts converted layers and moved reshapes."""
+
+    def rules(self) -> dict[str, list[Rule]]:
+        return {
+            "nn.conv2d": [_conv_to_dense],
+            "matmul": [_matmul_rows],
+            "nn.conv1d": [_conv1d],
+            "nn.max_pool1d": [_pool1d],
+            "nn.avg_pool1d": [_pool1d],
+            "concat": [_sink_concat],
+            "mean": [_sink_mean],
+            "max": [_sink_mean],
+            **{name: [_sink_unary] for name in UNARY},
+            **{name: [_sink_binary] for name in BINARY},
+        }
+
+
+DenseForms = graph_pass("SkimDenseForms")(_DenseForms)

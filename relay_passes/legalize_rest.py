@@ -1,0 +1,224 @@
+"""Lower the Relax operators that no hand-written layer kernel took to PrimFuncs, fused where they are elementwise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import tvm
+from tvm import relax
+
+from ..schedules import row_kernels as rows
+from ..schedules.matmul import MatmulShape, matmul
+from ..schedules.row_kernels import Affine, Rows
+from ..target import CpuTarget
+from .schedule_rest import ScheduleRest
+
+Legalizer = Callable[[relax.BlockBuilder, Any], Any]
+
+
+def legalize_rest(target: CpuTarget) -> tvm.transform.Pass:
+    """The pass that leaves no Relax operator behind and no PrimFunc unscheduled.
+
+    Functions that carry ``tirx.is_scheduled`` (and op_pattern 8) pass through untouched. Constants are not folded:
+    TVM's FoldConstant compiles every folded operator on its own.
+    """
+    steps = tvm.transform.Sequential(
+        [
+            relax.backend.DispatchSampling(),
+            relax.backend.DispatchSortScan(),
+            relax.transform.LegalizeOps(custom_legalizations(target)),
+            relax.transform.AnnotateTIROpPattern(),
+            relax.transform.FuseOps(),
+            relax.transform.FuseTIR(),
+            relax.transform.DeadCodeElimination(),
+            ScheduleRest(target),
+        ]
+    )
+
+    @tvm.transform.module_pass(opt_level=0, name="LegalizeRest")
+    def run(mod: tvm.ir.IRModule, _ctx: Any) -> tvm.ir.IRModule:
+        with target.tvm():  # the dispatch passes look for a current target
+            return steps(mod)
+
+    return run
+
+
+def custom_legalizations(target: CpuTarget) -> dict[str, Legalizer]:
+    """Relax operator -> lowering to a hand-written kernel; workloads outside of its domain take TVM's lowering."""
+    table: dict[str, Legalizer] = {
+        "relax.matmul": _matmul,
+        "relax.nn.softmax": _softmax,
+        "relax.nn.log_softmax": _softmax,
+        "relax.nn.layer_norm": _layer_norm,
+        "relax.nn.rms_norm": _rms_norm,
+        "relax.nn.group_norm": _group_norm,
+        "relax.nn.instance_norm": _instance_norm,
+        "relax.nn.adaptive_avg_pool2d": _global_pool,
+        **{f"relax.{kind}": _reduce for kind in rows.REDUCTIONS},
+    }
+    known = _default_legalizations()
+    return {name: _view for name in VIEWS} | {name: _with_fallback(table[name], known[name], target) for name in table if name in known}
+
+
+# Operators that only rename positions stay reshapes, which the VM runs as views. (RewriteDataflowReshape recovers them
+# from legalized code, but stops at functions without a root block, and the hand-written kernels have none.)
+VIEWS = ("relax.reshape", "relax.squeeze", "relax.expand_dims", "relax.flatten")
+
+
+def _view(bb: relax.BlockBuilder, call: Any) -> Any:
+    return call if call.op.name == "relax.reshape" else relax.op.reshape(call.args[0], call.ty.shape)
+
+
+def _default_legalizations() -> dict[str, Legalizer]:
+    """TVM's own lowerings of the operators that are overridden here."""
+
+    def default(name: str) -> Legalizer | None:
+        try:
+            op = tvm.ir.Op.get(name)
+        except Exception:  # noqa: BLE001 - an operator that this TVM does not have: FFI error without a class
+            return None
+        return op.get_attr("FLegalize")
+
+    names = ["matmul", *rows.REDUCTIONS, "nn.softmax", "nn.log_softmax", "nn.layer_norm", "nn.rms_norm"]
+    names += ["nn.group_norm", "nn.instance_norm", "nn.adaptive_avg_pool2d"]
+    found = {f"relax.{name}": default(f"relax.{name}") for name in names}
+    return {name: rule for name, rule in found.items() if rule is not None}
+
+
+def _with_fallback(rule: Callable[..., Any], default: Legalizer, target: CpuTarget) -> Legalizer:
+    def legalize(bb: relax.BlockBuilder, call: Any) -> Any:
+        lowered = rule(bb, call, target)
+        return default(bb, call) if lowered is None else lowered
+
+    return legalize
+
+
+def _shape(expr: Any) -> tuple[int, ...] | None:
+    """Static float32 shape of an expression, None otherwise (also for tensors too large for 32-bit addresses)."""
+    ty = expr.ty
+    if not isinstance(ty, relax.TensorType) or str(ty.dtype) != "float32" or ty.shape is None:
+        return None
+    dims = tuple(ty.shape) if isinstance(ty.shape, relax.ShapeExpr) else ()
+    if not dims or not all(isinstance(d, tvm.tirx.IntImm) for d in dims):
+        return None
+    shape = tuple(int(d) for d in dims)
+    return shape if 0 < math.prod(shape) < 2**31 else None
+
+
+def _call(bb: relax.BlockBuilder, func: Any, name: str, args: list[Any], ty: Any) -> Any:
+    return relax.call_tir(bb.add_func(func, name), args, out_ty=ty)
+
+
+def _matmul(bb: relax.BlockBuilder, call: Any, target: CpuTarget) -> Any:
+    a, b = call.args
+    a_shape, b_shape, c_shape = _shape(a), _shape(b), _shape(call)
+    if a_shape is None or b_shape is None or c_shape is None:
+        return None
+    work = MatmulShape.of(a_shape, b_shape)
+    if work is None:
+        return None
+    return _call(bb, matmul(a_shape, b_shape, c_shape, work, target), "matmul", [a, b], call.ty)
+
+
+def _softmax(bb: relax.BlockBuilder, call: Any, target: CpuTarget) -> Any:
+    shape = _shape(call.args[0])
+    view = Rows.of(shape, [int(call.attrs.axis)]) if shape else None
+    if shape is None or view is None:
+        return None
+    log = call.op.name.endswith("log_softmax")
+    func = rows.softmax(shape, view, target, log=log)
+    return _call(bb, func, "log_softmax" if log else "softmax", [call.args[0]], call.ty)
+
+
+def _contiguous(shape: tuple[int, ...], axes: list[int], target: CpuTarget) -> Rows | None:
+    """The row view if rows are contiguous and at least one vector long."""
+    view = Rows.of(shape, axes) if axes else None
+    return view if view is not None and view.inner == 1 and view.length >= target.lanes else None
+
+
+def _reduce(bb: relax.BlockBuilder, call: Any, target: CpuTarget) -> Any:
+    shape, out_shape = _shape(call.args[0]), _result_shape(call)
+    if shape is None or out_shape is None:
+        return None
+    axes = [int(a) for a in call.attrs.axis] if call.attrs.axis is not None else list(range(len(shape)))
+    return _reduce_rows(bb, call, shape, out_shape, axes, call.op.name.removeprefix("relax."), target)
+
+
+def _result_shape(call: Any) -> tuple[int, ...] | None:
+    """Like _shape, but a scalar result counts as static too."""
+    shape = getattr(call.ty, "shape", None)
+    return () if isinstance(shape, relax.ShapeExpr) and len(shape) == 0 else _shape(call)
+
+
+def _reduce_rows(
+    bb: relax.BlockBuilder,
+    call: Any,
+    shape: tuple[int, ...],
+    out_shape: tuple[int, ...],
+    axes: list[int],
+    kind: str,
+    target: CpuTarget,
+) -> Any:
+    view = _contiguous(shape, axes, target)
+    if view is None or not out_shape:
+        return None
+    return _call(bb, rows.reduce(shape, out_shape, view, kind, target), kind, [call.args[0]], call.ty)
+
+
+def _global_pool(bb: relax.BlockBuilder, call: Any, target: CpuTarget) -> Any:
+    shape, out_shape = _shape(call.args[0]), _shape(call)
+    if shape is None or out_shape is None or call.attrs.layout != "NCHW" or out_shape[2:] != (1, 1):
+        return None
+    return _reduce_rows(bb, call, shape, out_shape, [2, 3], "mean", target)
+
+
+def _normalise(
+    bb: relax.BlockBuilder, call: Any, view: Rows | None, affine: Affine, target: CpuTarget, centred: bool = True
+) -> Any:
+    shape, parameters = _shape(call.args[0]), [_shape(p) for p in call.args[1:]]
+    if shape is None or view is None or view.inner != 1:
+        return None
+    known = [p for p in parameters if p is not None]
+    if len(known) != len(parameters) or any(math.prod(p) != affine.period for p in known):
+        return None
+    func = rows.normalise(shape, known, view, affine, float(call.attrs.epsilon), target, centred)
+    return _call(bb, func, call.op.name.rsplit(".", 1)[1], list(call.args), call.ty)
+
+
+def _layer_norm(bb: relax.BlockBuilder, call: Any, target: CpuTarget) -> Any:
+    shape = _shape(call.args[0])
+    if shape is None or not (call.attrs.center and call.attrs.scale):
+        return None
+    view = _contiguous(shape, [int(a) for a in call.attrs.axes], target)
+    return _normalise(bb, call, view, Affine(1, view.length), target) if view else None
+
+
+def _rms_norm(bb: relax.BlockBuilder, call: Any, target: CpuTarget) -> Any:
+    shape = _shape(call.args[0])
+    view = _contiguous(shape, [int(a) for a in call.attrs.axes], target) if shape else None
+    return _normalise(bb, call, view, Affine(1, view.length), target, centred=False) if view else None
+
+
+def _channel_norm(bb: relax.BlockBuilder, call: Any, target: CpuTarget, groups: int | None) -> Any:
+    """Instance norm (``groups`` None) or group norm of N, C, spatial... with one scale and shift per channel."""
+    shape = _shape(call.args[0])
+    if shape is None or int(call.attrs.channel_axis) != 1 or not (call.attrs.center and call.attrs.scale):
+        return None
+    if sorted(int(a) % len(shape) for a in call.attrs.axes) != list(range(2, len(shape))) or len(shape) < 3:
+        return None
+    run = math.prod(shape[2:])
+    length = run * (shape[1] // groups if groups else 1)
+    if run == 1 or length < target.lanes:
+        return None
+    view = Rows(math.prod(shape) // length, length)
+    return _normalise(bb, call, view, Affine(run, shape[1]), target)
+
+
+def _group_norm(bb: relax.BlockBuilder, call: Any, target: CpuTarget) -> Any:
+    return _channel_norm(bb, call, target, int(call.attrs.num_groups))
+
+
+def _instance_norm(bb: relax.BlockBuilder, call: Any, target: CpuTarget) -> Any:
+    return _channel_norm(bb, call, target, None)

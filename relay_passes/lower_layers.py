@@ -1,0 +1,393 @@
+"""Replace layers by calls of hand-written kernels on flat buffers, as planned by ``plan_layouts``.
+
+Opaque values stay ordinary tensors. ``flat`` and ``tensor`` move a value between the two worlds when a reader needs the
+other form, once each; for natural layouts that is a reshape, which becomes a view.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import tvm
+from tvm import relax
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.ir_builder import tirx as B
+
+from ..chooser import FEW_ROWS, Choice
+from ..layout import Phases, natural
+from ..report import LayerRecord
+from ..schedules import conv2d as conv
+from ..schedules import convert, dense, gather_gemm, lrn, pooling, reduce
+from ..schedules.emit import finish, kernel_attrs
+from ..schedules.pointwise import Slot, emit_pointwise
+from ..target import CpuTarget
+from ._utils import Graph, shape_of, substitute, tensor_leaves
+from .layers import Layer
+from .nodes import Node, classify, nchw
+from .plan_layouts import Key, Place, Plan
+
+Chooser = Callable[[Layer], Choice]
+
+
+@tvm.transform.module_pass(opt_level=0, name="LowerLayers")
+class LowerLayers:
+    """``choices``: kernel of each layer by name. After the run ``calls`` holds (function name, record) of every kernel
+    call in execution order and ``plan`` the places."""
+
+    def __init__(self, target: CpuTarget, choices: Mapping[str, Choice]) -> None:
+        self.target, self.choices = target, choices
+        self.calls: list[tuple[str, LayerRecord]] = []
+        self.plan: Plan | None = None
+
+    def transform_module(self, mod: tvm.IRModule, ctx: Any) -> tvm.IRModule:
+        graph = Graph.of(mod)
+        if graph is None:
+            return mod
+        nodes = classify(graph, FEW_ROWS)
+        self.plan = Plan(nodes, list(graph.func.params))
+        lowering = _Lowering(graph, nodes, self.plan, self.target, self.choices)
+        out = lowering.run()
+        self.calls = lowering.calls
+        return out
+
+
+class _Lowering:
+    def __init__(
+        self, graph: Graph, nodes: list[Node], plan: Plan, target: CpuTarget, choices: Mapping[str, Choice]
+    ) -> None:
+        self.graph, self.nodes, self.plan, self.target, self.choices = graph, nodes, plan, target, choices
+        self.bb = relax.BlockBuilder()
+        self.calls: list[tuple[str, LayerRecord]] = []
+        self.buffers: dict[Key, Any] = {}  # root -> newest version of its flat buffer
+        self.ready: set[Key] = set()  # values that their root's buffer holds
+        self.tensors: dict[Any, Any] = {}  # value -> ordinary tensor
+        self.kernels: dict[Any, Any] = {}
+        self.consts: dict[bytes, Any] = {}
+        self.name_of = {n.var: self._name(n) for n in nodes}
+
+    def _name(self, n: Node) -> str:
+        return n.layer.name if n.layer is not None else n.var.name
+
+    # -- the module ------------------------------------------------------------------------------------------------
+    def run(self) -> tvm.IRModule:
+        func = self.graph.func
+        for p in func.params:
+            self.tensors[p] = p
+        for gv, f in self.graph.mod.functions.items():  # functions that opaque calls refer to keep their names
+            if gv.name_hint != "main" and not (f.attrs and "skim.kind" in f.attrs):
+                self.bb.add_func(f, gv.name_hint)
+        with self.bb.function("main", list(func.params), attrs=dict(func.attrs or {})):
+            with self.bb.dataflow():
+                for n in self.nodes:
+                    getattr(self, f"_lower_{n.kind}")(n)
+                leaves = list(dict.fromkeys(tensor_leaves(self.graph.result)))
+                mapping = {leaf: self.tensor(leaf) for leaf in leaves}
+                out = self.bb.emit_output(substitute(self.graph.result, mapping))
+            self.bb.emit_func_output(out)
+        mod = self.bb.get()
+        return mod.with_attrs(self.graph.mod.attrs) if self.graph.mod.attrs else mod
+
+    # -- values ------------------------------------------------------------------------------------------------------
+    def tensor(self, var: Any) -> Any:
+        """``var`` as an ordinary tensor."""
+        if var in self.tensors:
+            return self.tensors[var]
+        place = self.plan.places[var]
+        shape = nchw(var)
+        goal = natural(*shape)
+        if place.channels is None and place.channel == 0 and place.root_layout.natural and place.layout == place.root_layout:
+            flat = self.buffers[place.root]
+        else:
+            source = self._slot(place)
+            flat = self._convert(place, source, Slot(goal, goal.size), self.name_of.get(var, var.name))
+        self.tensors[var] = self.bb.emit(relax.op.reshape(flat, shape_of(var)))
+        return self.tensors[var]
+
+    def _convert(self, place: Place, source: Slot, goal: Slot, name: str) -> Any:
+        kwargs = {"src_size": source.size, "dst_size": goal.size, "target": self.target}
+        if place.channels is not None:
+            make = lambda: convert.emit_gather_channels(place.channels, place.root_layout, goal.layout, **kwargs)  # noqa: E731
+        else:
+            make = lambda: convert.emit_convert(source.layout, goal.layout, src_channel=source.channel, **kwargs)  # noqa: E731
+        key = ("convert", source, goal, place.channels)
+        record = LayerRecord(name, "layout", f"{goal.layout.n}x{goal.layout.c}x{goal.layout.h}x{goal.layout.w}")
+        return self._call(key, "f32_convert", make, [self.buffers[place.root]], goal.size, record)
+
+    def _slot(self, place: Place) -> Slot:
+        return Slot(place.layout, place.root_layout.size, place.channel)
+
+    def flat(self, var: Any) -> tuple[Any, Slot, tuple[int, ...] | None]:
+        """(buffer, slot, channel selection) of ``var``; converts an ordinary tensor first."""
+        place = self.plan.places[var]
+        if var not in self.ready:
+            if var not in self.tensors:
+                raise tvm.TVMError(f"value {var.name} is read before it is computed")
+            self._import(var, place)
+        return self.buffers[place.root], self._slot(place), place.channels
+
+    def _import(self, var: Any, place: Place) -> None:
+        """Bring an ordinary tensor into its place."""
+        source = natural(*nchw(var))
+        buffer = self.bb.emit(relax.op.reshape(self.tensors[var], (source.size,)))
+        if place.root_layout.natural and place.layout == place.root_layout and place.channel == 0:
+            self.buffers[place.root] = buffer
+            self.ready.add(var)
+            return
+        goal = self._slot(place)
+        kwargs = {"src_size": source.size, "dst_size": goal.size, "dst_channel": goal.channel, "target": self.target}
+        record = LayerRecord(var.name, "layout", "x".join(map(str, nchw(var))))
+        self._write(
+            var,
+            ("import", source, goal),
+            "f32_convert",
+            lambda: convert.emit_convert(source, goal.layout, **kwargs),
+            [buffer],
+            record,
+        )
+
+    # -- calls -------------------------------------------------------------------------------------------------------
+    def _function(self, key: Any, name: str, make: Callable[[], Any]) -> Any:
+        if key not in self.kernels:
+            self.kernels[key] = self.bb.add_func(make(), name)
+        return self.kernels[key]
+
+    def _call(
+        self, key: Any, name: str, make: Callable[[], Any], args: list[Any], size: int, record: LayerRecord, out: Any = None
+    ) -> Any:
+        gv = self._function(key, name, make)
+        ty = relax.TensorType((size,), "float32")
+        if out is None:
+            call = relax.call_tir(gv, args, out_ty=ty)
+        else:
+            call = relax.op.call_tir_inplace(gv, [*args, out], inplace_indices=[len(args)], out_ty=ty)
+        self.calls.append((gv.name_hint, dataclasses.replace(record, kernel=record.kernel or name, symbol=gv.name_hint)))
+        return self.bb.emit(call)
+
+    def _write(self, key: Key, cache: Any, name: str, make: Callable[[], Any], args: list[Any], record: LayerRecord) -> None:
+        """Call a kernel whose result is ``key``, into its own buffer or into a slice of its root's."""
+        place = self.plan.places[key]
+        size = place.root_layout.size
+        if place.root == key:
+            self.buffers[key] = self._call(cache, name, make, args, size, record)
+        else:
+            if place.root not in self.buffers:
+                self.buffers[place.root] = self._allocate(size)
+            old = self.buffers[place.root]
+            self.buffers[place.root] = self._call(cache, name, make, args, size, record, out=old)
+        self.ready.add(key)
+
+    def _allocate(self, size: int) -> Any:
+        """An uninitialised buffer that several kernels fill."""
+
+        def make() -> Any:
+            with IRBuilder() as ib:
+                with B.prim_func(s_tir=True):
+                    kernel_attrs()
+                    B.arg("out", B.Buffer((size,), "float32"))
+                    B.evaluate(0)
+            return finish(ib)
+
+        record = LayerRecord("concat", "allocate", str(size))
+        return self._call(("allocate", size), "allocate", make, [], size, record)
+
+    def _const(self, array: np.ndarray[Any, Any]) -> Any:
+        """A constant; small ones (tables, masks) are shared."""
+        if array.nbytes > 1 << 16:
+            return relax.const(array, str(array.dtype))
+        key = f"{array.dtype}{array.shape}".encode() + array.tobytes()
+        if key not in self.consts:
+            self.consts[key] = relax.const(array, str(array.dtype))
+        return self.consts[key]
+
+    # -- layers ------------------------------------------------------------------------------------------------------
+    def _lower_skip(self, n: Node) -> None:
+        return
+
+    def _lower_opaque(self, n: Node) -> None:
+        call = self.graph.defs[n.var]
+        mapping = {leaf: self.tensor(leaf) for leaf in tensor_leaves(call)}
+        self.tensors[n.var] = self.bb.emit(substitute(call, mapping), name_hint=n.var.name)
+
+    def _lower_view(self, n: Node) -> None:
+        self.flat(n.inputs[0])
+        self.ready.add(n.var)
+
+    def _contiguous(self, var: Any) -> tuple[Any, Slot]:
+        """Like ``flat`` for kernels that need consecutive channels: a selection is copied."""
+        buffer, slot, channels = self.flat(var)
+        if channels is None:
+            return buffer, slot
+        place = self.plan.places[var]
+        key = (var, "copy")
+        if key not in self.buffers:
+            layout = dataclasses.replace(place.layout, tail=place.root_layout.tail)
+            goal = Slot(layout, layout.size)
+            self.buffers[key] = self._convert(place, slot, goal, var.name)
+        layout = dataclasses.replace(place.layout, tail=place.root_layout.tail)
+        return self.buffers[key], Slot(layout, layout.size)
+
+    def _choice(self, layer: Layer) -> Choice:
+        return self.choices[layer.name]
+
+    def _record(self, n: Node, op: str, **more: Any) -> LayerRecord:
+        layer = n.layer
+        epilogue = str(layer.program) if layer is not None else ""
+        return LayerRecord(self.name_of[n.var], op, str(n.workload or "x".join(map(str, nchw(n.var)))), epilogue=epilogue, **more)
+
+    def _channel_args(self, n: Node) -> tuple[list[Any], list[np.ndarray[Any, Any] | None]]:
+        """Relax arguments of the channel operands, and their arrays (None for a gate at batch 1)."""
+        assert n.layer is not None
+        out: list[Any] = []
+        for item in n.layer.channels:
+            if isinstance(item, int):
+                gate = self.tensor(n.args[item])
+                out.append(self.bb.emit(relax.op.reshape(gate, (nchw(n.var)[1],))))
+            else:
+                out.append(self._const(np.ascontiguousarray(item, np.float32)))
+        return out, []
+
+    def _lower_conv2d(self, n: Node) -> None:
+        layer, wl, target = n.layer, n.workload, self.target
+        assert layer is not None and layer.weight is not None
+        choice = self._choice(layer)
+        x = n.inputs[0]
+        phases = conv.phases(wl)
+        if phases is None:
+            buffer, src, channels = self.flat(x)
+            if channels is not None and choice.kernel == "dense" and wl.groups > 1:
+                buffer, src = self._contiguous(x)
+                channels = None
+            elif channels is not None:
+                src = Slot(self.plan.places[x].root_layout, src.size, 0)
+        else:
+            buffer, src, channels = *self._phases(x, phases, self.name_of[n.var]), None
+        dst = self._slot(self.plan.places[n.var])
+        residuals = [self._contiguous(t) for t in n.inputs[1:]]
+        weight = layer.weight if layer.weight.ndim == 4 else np.ascontiguousarray(layer.weight.T)[:, :, None, None]
+        rows = 8 if choice.kernel == "dense" else choice.rows
+        knobs = conv.default_knobs(wl, rows, choice.kernel == "dense", src, dst, target)
+        kernel = conv.build(
+            wl, weight, src, dst, knobs, target, epilogue=layer.program, tensors=tuple(s for _, s in residuals), channels=channels
+        )
+        gemm = kernel.gemm
+        fmt = "dense" if knobs.dense else "csr" if knobs.rows == 1 else "bsr"
+        op = "dense" if layer.kind == "dense" else "depthwise_conv2d" if wl.groups == wl.c > 1 else "conv2d"
+        name = f"f32_{fmt}_{op}_{knobs.rows}x{knobs.vectors * target.lanes}_{target.isa}"
+        args = [buffer, *(self._const(a) for a in kernel.constants), *self._channel_args(n)[0], *(b for b, _ in residuals)]
+        record = self._record(
+            n, op, kernel=name, reason=choice.reason, macs=wl.macs, nnz=int(np.count_nonzero(weight)), weights=weight.size,
+            stored_bytes=kernel.stored_bytes,
+        )  # fmt: skip
+        self._write(n.var, gemm, name, lambda: gather_gemm.emit(gemm, target), args, record)
+
+    def _phases(self, x: Any, phases: Phases, name: str) -> tuple[Any, Slot]:
+        key = self.plan.phase_key(x, phases)
+        place = self.plan.places[key]
+        if key not in self.ready:
+            if x in self.ready or x not in self.tensors:
+                buffer, src = self._contiguous(x)
+            else:  # an ordinary tensor: split it where it lies
+                layout = natural(*nchw(x))
+                buffer, src = self.bb.emit(relax.op.reshape(self.tensors[x], (layout.size,))), Slot(layout, layout.size)
+            size = place.root_layout.size
+            record = LayerRecord(name, "split_phases", f"{'x'.join(map(str, nchw(x)))} s{phases.sy},{phases.sx}")
+
+            def make() -> Any:
+                return convert.emit_split_phases(
+                    phases, src.layout, place.layout, src_size=src.size, dst_size=size, src_channel=src.channel,
+                    target=self.target,
+                )  # fmt: skip
+
+            self._write(key, ("phases", phases, src, place.layout), "f32_split_phases", make, [buffer], record)
+        return self.buffers[place.root], self._slot(place)
+
+    def _lower_fc(self, n: Node) -> None:
+        layer, wl = n.layer, n.workload
+        assert layer is not None and layer.weight is not None
+        choice = self._choice(layer)
+        kernel = dense.build(wl, layer.weight, choice.kernel, layer.program, len(n.inputs) - 1, self.target)
+        inputs = [self.bb.emit(relax.op.reshape(self.tensor(t), (int(np.prod(shape_of(t))),))) for t in n.inputs]
+        args = [inputs[0], *(self._const(a) for a in kernel.constants), *self._channel_args(n)[0], *inputs[1:]]
+        record = self._record(
+            n, "dense", kernel=kernel.name, reason=choice.reason, macs=wl.macs, nnz=int(np.count_nonzero(layer.weight)),
+            weights=layer.weight.size, stored_bytes=kernel.stored_bytes,
+        )  # fmt: skip
+        flat = self._call(kernel.key, kernel.name, kernel.emit, args, wl.m * wl.n, record)
+        self.tensors[n.var] = self.bb.emit(relax.op.reshape(flat, shape_of(n.var)))
+
+    def _lower_pointwise(self, n: Node) -> None:
+        layer, target = n.layer, self.target
+        assert layer is not None
+        pairs = [self._contiguous(t) for t in n.inputs]
+        slots = tuple(s for _, s in pairs)
+        dst = self._slot(self.plan.places[n.var])
+        sizes = [int(np.prod(shape_of(n.args[g]))) for g in layer.gates]
+        gates = [self.bb.emit(relax.op.reshape(self.tensor(n.args[g]), (s,))) for g, s in zip(layer.gates, sizes, strict=True)]
+        args = [*(b for b, _ in pairs), *self._channel_args(n)[0], *gates]
+        key = ("pointwise", layer.program, slots, dst)
+        name = f"f32_pointwise_{target.isa}"
+        make = lambda: emit_pointwise(layer.program, slots, dst, target)  # noqa: E731
+        self._write(n.var, key, name, make, args, self._record(n, "pointwise"))
+
+    def _simple(self, n: Node, op: str, key: Any, emit: Callable[..., Any], *before: Any) -> None:
+        """Kernels with one source and one destination."""
+        buffer, src = self._contiguous(n.inputs[0])
+        dst = self._slot(self.plan.places[n.var])
+        kwargs = {
+            "src_size": src.size, "dst_size": dst.size, "src_channel": src.channel, "dst_channel": dst.channel,
+            "target": self.target,
+        }  # fmt: skip
+        make = lambda: emit(*before, src.layout, dst.layout, **kwargs)  # noqa: E731
+        self._write(n.var, (op, key, src, dst), f"f32_{op}_{self.target.isa}", make, [buffer], self._record(n, op))
+
+    def _lower_pool(self, n: Node) -> None:
+        self._simple(n, f"{n.workload.kind}_pool2d", n.workload, pooling.emit_pool, n.workload)
+
+    def _lower_lrn(self, n: Node) -> None:
+        self._simple(n, "lrn", n.workload, lrn.emit_lrn, n.workload)
+
+    def _lower_mean(self, n: Node) -> None:
+        buffer, src = self._contiguous(n.inputs[0])
+        layout = natural(*nchw(n.inputs[0])[:2], 1, 1)
+        kwargs = {"src_size": src.size, "dst_size": layout.size, "src_channel": src.channel, "target": self.target}
+        make = lambda: reduce.emit_global_pool("avg", src.layout, layout, **kwargs)  # noqa: E731
+        record = self._record(n, "global_avg_pool")
+        flat = self._call(("mean", src), f"f32_global_avg_pool_{self.target.isa}", make, [buffer], layout.size, record)
+        self.tensors[n.var] = self.bb.emit(relax.op.reshape(flat, shape_of(n.var)))
+        place = self.plan.place(n.var)
+        if place is not None:
+            self._import(n.var, place)
+
+    def _lower_concat(self, n: Node) -> None:
+        place = self.plan.places[n.var]
+        first = place.channel
+        for part in n.inputs:
+            c = nchw(part)[1]
+            in_place = self.plan.slices.get(part, (None, 0))[0] == n.var
+            if not in_place:
+                self._copy_part(part, n, first, c)
+            first += c
+        self.ready.add(n.var)
+
+    def _copy_part(self, part: Any, n: Node, first: int, c: int) -> None:
+        place = self.plan.places[n.var]
+        if part in self.ready or part not in self.tensors:
+            buffer, src = self._contiguous(part)
+        else:
+            layout = natural(*nchw(part))
+            buffer, src = self.bb.emit(relax.op.reshape(self.tensors[part], (layout.size,))), Slot(layout, layout.size)
+        dst = Slot(dataclasses.replace(place.root_layout, c=c), place.root_layout.size, first)
+        kwargs = {
+            "src_size": src.size, "dst_size": dst.size, "src_channel": src.channel, "dst_channel": first, "target": self.target,
+        }  # fmt: skip
+        if place.root not in self.buffers:
+            self.buffers[place.root] = self._allocate(place.root_layout.size)
+        make = lambda: convert.emit_convert(src.layout, dst.layout, **kwargs)  # noqa: E731
+        record = LayerRecord(self.name_of[n.var], "concat_copy", "x".join(map(str, nchw(part))))
+        out = self._call(
+            ("copy", src, dst), "f32_convert", make, [buffer], place.root_layout.size, record, out=self.buffers[place.root]
+        )
+        self.buffers[place.root] = out

@@ -1,0 +1,168 @@
+"""What each value of the fused graph is, for planning layouts and lowering: one node a value.
+
+A value with a kernel of its own is placed in a flat buffer (layout.py); every other value is opaque: it lives as an
+ordinary tensor, and conversions appear where the two worlds meet.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import tvm
+from tvm import relax
+
+from ..workload import ConvWorkload, DenseWorkload, LRNWorkload, PoolWorkload
+from ._utils import Graph, dtype_of, ints, is_const, op_name, shape_of, value
+from .layers import Layer, _padding, read_layer
+
+
+@dataclass(eq=False)
+class Node:
+    """``kind``: conv2d, pointwise, pool, lrn, mean, concat, view (channels of another value), fc (dense rows), skip
+    (handled by its readers) or opaque. ``inputs``: values read in flat form, in the order of the kernel."""
+
+    kind: str
+    var: Any
+    inputs: list[Any] = field(default_factory=list)
+    layer: Layer | None = None
+    workload: Any = None
+    channels: tuple[int, ...] = ()  # view: channels of inputs[0]
+    args: list[Any] = field(default_factory=list)  # all arguments of a layer call
+
+
+def nchw(expr: Any) -> tuple[int, int, int, int]:
+    """Shape as N, C, H, W; a matrix [M, K] is M images of 1x1 pixel with K channels."""
+    shape = shape_of(expr)
+    return (*shape, 1, 1) if len(shape) == 2 else shape  # type: ignore[return-value]
+
+
+def is_activation(expr: Any) -> bool:
+    """A 4-D float32 tensor."""
+    ty = expr.ty
+    return isinstance(ty, relax.TensorType) and dtype_of(expr) == "float32" and len(shape_of(expr)) == 4
+
+
+def classify(graph: Graph, few_rows: int) -> list[Node]:
+    """Nodes of all live values, producers first. ``few_rows``: dense layers of fewer rows take the row kernels."""
+    nodes = [_classify(graph, var, few_rows) for var in graph.order()]
+    views = {n.var for n in nodes if n.kind == "view"}
+    for n in nodes:  # a split whose parts are all views is never computed
+        if n.kind == "opaque" and op_name(graph.defs[n.var]) == "split":
+            users = graph.users.get(n.var, {})
+            if users and all(u in views for u in users) and not any(n.var.same_as(r) for r in [graph.result]):
+                n.kind = "skip"
+    return nodes
+
+
+def _classify(graph: Graph, var: Any, few_rows: int) -> Node:
+    call = graph.defs[var]
+    if isinstance(call, relax.TupleGetItem):
+        return _split_part(graph, var, call)
+    if not isinstance(call, relax.Call):
+        return Node("opaque", var)
+    if isinstance(call.op, tvm.ir.GlobalVar):
+        return _layer(graph, var, call, few_rows)
+    if not isinstance(var.ty, relax.TensorType) or not call.args or not hasattr(call.args[0], "ty"):
+        return Node("opaque", var)
+    handler = _HANDLERS.get(op_name(call))
+    return (handler(var, call) if handler else None) or Node("opaque", var)
+
+
+def _layer(graph: Graph, var: Any, call: Any, few_rows: int) -> Node:
+    func = graph.mod[call.op]
+    attrs = func.attrs or {}
+    args = list(call.args)
+    if "skim.kind" in attrs:
+        layer = read_layer(func)
+        if isinstance(layer.workload, DenseWorkload):
+            wl = layer.workload
+            if wl.m < few_rows:
+                return Node("fc", var, [args[i] for i in layer.inputs], layer, wl, args=args)
+            conv = ConvWorkload(wl.m, wl.k, 1, 1, wl.n, 1, 1)
+            return Node("conv2d", var, [args[i] for i in layer.inputs], layer, conv, args=args)
+        kind = "conv2d" if layer.kind == "conv2d" else "pointwise"
+        return Node(kind, var, [args[i] for i in layer.inputs], layer, layer.workload, args=args)
+    if attrs.get("skim.op") == "lrn" and is_activation(args[0]):
+        wl = LRNWorkload(int(attrs["size"]), float(attrs["alpha"]), float(attrs["beta"]), float(attrs["bias"]))
+        return Node("lrn", var, [args[0]], workload=wl)
+    return Node("opaque", var)
+
+
+def _split_part(graph: Graph, var: Any, item: Any) -> Node:
+    source = graph.get(item.tuple_value)
+    if op_name(source) != "split" or not is_activation(var) or int(source.attrs.axis) % 4 != 1 or is_const(source.args[0]):
+        return Node("opaque", var)
+    parts = [int(t.shape.values[1]) for t in source.ty.fields]
+    first = sum(parts[: item.index])
+    return Node("view", var, [source.args[0]], channels=tuple(range(first, first + parts[item.index])))
+
+
+def _pool(kind: str) -> Any:
+    def handler(var: Any, call: Any) -> Node | None:
+        a = call.attrs
+        if not is_activation(call.args[0]) or is_const(call.args[0]) or a.layout != "NCHW" or a.out_layout != "NCHW":
+            return None
+        pads = _padding(ints(a.padding))
+        include = kind == "avg" and bool(a.count_include_pad)
+        pool_size, strides, dilation = ints(a.pool_size), ints(a.strides), ints(a.dilation)
+        wl = PoolWorkload(kind, tuple(pool_size), tuple(strides), tuple(dilation), pads, include)
+        return Node("pool", var, [call.args[0]], workload=wl)
+
+    return handler
+
+
+def _mean(var: Any, call: Any) -> Node | None:
+    axes = sorted(a % 4 for a in ints(call.attrs.axis))
+    if not is_activation(call.args[0]) or is_const(call.args[0]) or axes != [2, 3]:
+        return None
+    return Node("mean", var, [call.args[0]])
+
+
+def _concat(var: Any, call: Any) -> Node | None:
+    if not isinstance(call.args[0], relax.Tuple) or not is_activation(var) or int(call.attrs.axis or 0) % 4 != 1:
+        return None
+    parts = list(call.args[0].fields)
+    if any(is_const(p) or not isinstance(p, relax.Var) for p in parts):
+        return None
+    return Node("concat", var, parts)
+
+
+def _take(var: Any, call: Any) -> Node | None:
+    x, index = call.args[0], call.args[1]
+    if not is_activation(x) or is_const(x) or not is_const(index) or call.attrs.axis is None or len(shape_of(index)) != 1:
+        return None
+    if int(call.attrs.axis) % 4 != 1:
+        return None
+    c = shape_of(x)[1]
+    return Node("view", var, [x], channels=tuple(int(i) % c for i in value(index)))
+
+
+def _strided_slice(var: Any, call: Any) -> Node | None:
+    x = call.args[0]
+    if not is_activation(x) or is_const(x) or not is_activation(var):
+        return None
+    try:
+        axes, begin, end = ([int(getattr(v, "value", v)) for v in t.fields] for t in call.args[1:4])
+        step = [int(getattr(v, "value", v)) for v in call.args[4].fields] if len(call.args) > 4 else [1] * len(axes)
+    except (AttributeError, TypeError, ValueError):
+        return None
+    shape = shape_of(x)
+    for a, b, e, s in zip(axes, begin, end, step, strict=True):
+        if a % 4 != 1 and (slice(b, e, s).indices(shape[a % 4]) != (0, shape[a % 4], 1)):
+            return None
+    kept = list(range(shape[1]))
+    for a, b, e, s in zip(axes, begin, end, step, strict=True):
+        if a % 4 == 1:
+            kept = kept[slice(b, e, s)]
+    return Node("view", var, [x], channels=tuple(kept)) if len(kept) == shape_of(var)[1] else None
+
+
+_HANDLERS = {
+    "nn.max_pool2d": _pool("max"),
+    "nn.avg_pool2d": _pool("avg"),
+    "mean": _mean,
+    "concat": _concat,
+    "take": _take,
+    "strided_slice": _strided_slice,
+}

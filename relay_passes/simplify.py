@@ -1,0 +1,68 @@
+"""The simplification phase: all passes on one graph, round after round, until nothing changes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tvm
+from tvm import relax
+
+from ._utils import Graph, Rewriter, graph_pass
+from .canonicalize import Canonicalize
+from .channel_shuffle import ChannelShuffle
+from .dense_forms import DenseForms
+from .fold_batch_norm import FoldBatchNorm
+from .fold_constants import FoldConstants
+from .fold_scale_shift import FoldScaleShift
+from .lift_prim_calls import LiftPrimCalls
+from .outline_lrn import OutlineLRN
+from .simplify_noise import SimplifyNoise
+from .to_nchw import ToNCHW
+
+# The order inside a round: lifted calls and folded constants are what the others match; LRN and ChannelShuffle are known
+# by shapes that the noise rules would respell; batch_norm folds before its neighbours move.
+STAGES: tuple[Any, ...] = (
+    LiftPrimCalls,
+    FoldConstants,
+    OutlineLRN,
+    ChannelShuffle,
+    SimplifyNoise,
+    FoldBatchNorm,
+    ToNCHW,
+    FoldScaleShift,
+    DenseForms,
+    Canonicalize,
+)
+
+
+class _Simplify(Rewriter):
+    """Every stage in turn until a round changes nothing. ``counts``: rewrites by stage name."""
+
+    max_rounds = 12
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: dict[str, int] = {}
+
+    def run(self, graph: Graph) -> None:
+        self.counts = {}
+        stages = [stage.rewriter() for stage in STAGES]
+        for _ in range(self.max_rounds):
+            before = self.rewrites
+            for stage in stages:
+                stage.rewrites = 0
+                stage.run(graph)
+                self.rewrites += stage.rewrites
+                if stage.rewrites:
+                    name = type(stage).__name__.removeprefix("_")
+                    self.counts[name] = self.counts.get(name, 0) + stage.rewrites
+            if self.rewrites == before:
+                return
+
+
+Simplify = graph_pass("SkimSimplify")(_Simplify)
+
+
+def simplify_passes() -> list[tvm.transform.Pass]:
+    """The passes of the simplification phase, in order. Running them twice changes nothing more."""
+    return [Simplify(), relax.transform.CanonicalizeBindings(), relax.transform.DeadCodeElimination(["main"])]

@@ -1,0 +1,109 @@
+"""Local response normalisation across channels.
+
+A tile of positions goes through all channels, so that the window of squares is read from L1; tiles are what threads
+share. The squares are summed anew for every channel: a running sum would subtract, and lose accuracy where a large
+value leaves the window.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm.script.ir_builder import tirx as B
+
+from ..layout import Layout
+from ..target import CpuTarget
+from ..workload import LRNWorkload
+from . import vector_math
+from .rows import Index, View, build, channels_of, flatten, load, same_pixels, splat, store, width_of, zero_halo
+
+__all__ = ["LRNWorkload", "emit_lrn"]
+
+TILE = 4  # vectors: a whole cache line or more of every channel, whose pages are far apart
+UNROLL_WINDOW = 9
+
+
+def emit_lrn(
+    workload: LRNWorkload,
+    src: Layout,
+    dst: Layout,
+    *,
+    src_size: int,
+    dst_size: int,
+    src_channel: int = 0,
+    dst_channel: int = 0,
+    target: CpuTarget,
+) -> Any:
+    """Normalise every pixel by the squares of its neighbours in the channel direction (see ``LRNWorkload``).
+
+    PrimFunc(src f32[src_size], dst f32[dst_size]). Raises InternalError if the shapes differ or a slice does not fit.
+    """
+    same_pixels(src, dst)
+    flat_src, flat_dst = flatten(src, dst)
+    width = width_of(flat_dst.w, target.lanes)
+    starts = _starts(min(flat_dst.w, TILE * width), width)
+    span = starts[-1] + width
+    tiles = -(-flat_dst.w // span)
+
+    def body(x_buffer: Any, y_buffer: Any) -> None:
+        x, y = View(flat_src, src_size, src_channel, x_buffer), View(flat_dst, dst_size, dst_channel, y_buffer)
+        with B.parallel(0, flat_dst.n * flat_dst.h * tiles) as task:
+            row, tile = B.floordiv(task, tiles), B.floormod(task, tiles)
+            n = B.floordiv(row, flat_dst.h) if flat_dst.n > 1 else 0
+            line = B.floormod(row, flat_dst.h) if flat_dst.h > 1 else 0
+            start: Index = B.min(tile * span, flat_dst.w - span) if tiles > 1 else 0  # the last tile overlaps
+            _tile(workload, (x, x.at(n, 0, line, start)), (y, y.at(n, 0, line, start)), starts, width)
+        if dst.zero_halo:
+            with channels_of(dst) as (c, image):
+                zero_halo(y, image, c, target.lanes)
+
+    return build((("src", src_size, "float32"), ("dst", dst_size, "float32")), body)
+
+
+def _starts(extent: int, width: int) -> list[int]:
+    """Starts of the vectors that cover ``extent``; the last one may overlap the one before it."""
+    starts = list(range(0, extent - width + 1, width))
+    return starts if extent % width == 0 else [*starts, extent - width]
+
+
+def _tile(
+    workload: LRNWorkload, source: tuple[View, Index], result: tuple[View, Index], starts: list[int], width: int
+) -> None:
+    """All channels of the positions ``starts`` of one row."""
+    (x, x_at), (y, y_at) = source, result
+    channels, pitch = x.layout.c, x.layout.c_pitch
+    before, after = (workload.size - 1) // 2, workload.size // 2
+
+    def channel(c: Index, low: int, high: int) -> None:
+        """Channel ``c`` with a window from c + low to c + high."""
+        for start in starts:
+            at = x_at + (c * pitch + start)
+
+            def value(k: Index, at: Index = at) -> Any:
+                return load(x.buffer, at + k * pitch, width)
+
+            if high - low < UNROLL_WINDOW:
+                total = value(low) * value(low)
+                for k in range(low + 1, high + 1):
+                    total = total + value(k) * value(k)
+            else:
+                acc = B.alloc_buffer((width,), "float32")
+                store(acc, 0, width, splat(0.0, width))
+                with B.serial(0, high - low + 1) as k:
+                    store(acc, 0, width, load(acc, 0, width) + value(k + low) * value(k + low))
+                total = load(acc, 0, width)
+            scale = total * splat(workload.alpha / workload.size, width) + splat(workload.bias, width)
+            normalised = B.Div(value(0), vector_math.power(scale, workload.beta))
+            store(y.buffer, y_at + (c * y.layout.c_pitch + start), width, normalised)
+
+    c = 0
+    while c < channels:
+        low, high = max(-before, -c), min(after, channels - 1 - c)
+        inner = channels - after - c  # channels from here on that have the whole window
+        if low == -before and high == after and inner > 1:
+            with B.serial(0, inner) as i:
+                channel(i + c, low, high)
+            c += inner
+        else:
+            channel(c, low, high)
+            c += 1

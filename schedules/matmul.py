@@ -1,0 +1,203 @@
+"""Dense float32 matrix product of two activations: C[b] = A[b] @ B[b] on natural row-major layouts.
+
+Register blocking: ``rows`` x ``vectors`` accumulators, one buffer a row (TVM keeps only small buffers in registers), K
+innermost and serial, no packing: a panel of B is read from L2 at 8 bytes a cycle, a quarter of what the core can take.
+The last vector of a row of C is masked, leftover rows are a second variant of the micro-kernel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tvm import tirx
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.ir_builder import tirx as B
+
+from ..target import CpuTarget
+
+MIN_PARALLEL = 1 << 17  # multiply-adds below which threads do not pay: about 3 us of one core
+MAX_WIDTH = 15  # vectors of one accumulator buffer: TVM moves buffers of 1 KiB to the heap
+TASKS = 16  # parallel iterations to aim for
+
+
+@dataclass(frozen=True)
+class MatmulShape:
+    """``batch`` products [m, k] @ [k, n]; an operand without batch (``shared_*``) serves all of them."""
+
+    batch: int
+    m: int
+    n: int
+    k: int
+    shared_a: bool = False
+    shared_b: bool = False
+
+    @staticmethod
+    def of(a: Sequence[int], b: Sequence[int]) -> MatmulShape | None:
+        """The workload of two operand shapes; None for vectors, empty operands and partly broadcast batches."""
+        if len(a) < 2 or len(b) < 2 or a[-1] != b[-2]:
+            return None
+        batch_a, batch_b = math.prod(a[:-2]), math.prod(b[:-2])
+        rank = max(len(a), len(b)) - 2
+        full_a, full_b = [1] * (rank + 2 - len(a)) + list(a[:-2]), [1] * (rank + 2 - len(b)) + list(b[:-2])
+        if full_a != full_b and batch_a != 1 and batch_b != 1:
+            return None
+        batch = max(batch_a, batch_b)
+        shape = MatmulShape(batch, a[-2], b[-1], a[-1], batch_a < batch, batch_b < batch)
+        if shape.shared_b and not shape.shared_a:  # the batches of A are just more rows
+            shape = MatmulShape(1, batch * shape.m, shape.n, shape.k)
+        return shape if min(shape.batch, shape.m, shape.n, shape.k) > 0 else None
+
+    @property
+    def macs(self) -> int:
+        return self.batch * self.m * self.n * self.k
+
+
+def block_shape(shape: MatmulShape, target: CpuTarget) -> tuple[int, int]:
+    """(rows, vectors) of the micro-kernel with the fewest estimated cycles."""
+    accumulators = target.registers * 3 // 4
+    vectors = -(-shape.n // target.lanes)
+
+    def cycles(rows: int, width: int) -> int:
+        def one(r: int, v: int) -> int:  # FMAs, latency of a single step, loads of B: from L1, or at L2 speed
+            resident = shape.k * width * target.lanes * 8 <= target.l1_bytes
+            return max(r * v, 8, r + 2 * v if resident else 5 * v)
+
+        total = 0
+        for r, times in ((rows, shape.m // rows), (shape.m % rows, 1)):
+            for v, panels in ((width, vectors // width), (vectors % width, 1)):
+                total += times * panels * one(r, v) if r and v else 0
+        return total
+
+    choices = [
+        (rows, width)
+        for rows in range(1, min(shape.m, 12) + 1)
+        for width in range(1, min(vectors, accumulators // rows, MAX_WIDTH) + 1)
+    ]
+    return min(choices, key=lambda c: (cycles(*c), -c[0] * c[1], c[0] + c[1]))
+
+
+class _Micro:
+    """Emits micro-kernels on flat views of the operands."""
+
+    def __init__(self, shape: MatmulShape, lanes: int, a: Any, b: Any, c: Any) -> None:
+        self.shape, self.lanes, self.a, self.b, self.c = shape, lanes, a, b, c
+
+    def emit(self, rows: int, vectors: int, masked: bool, a0: Any, b0: Any, c0: Any) -> None:
+        """C[rows, vectors * lanes] at c0 from A rows at a0 and B columns at b0; the last vector may be masked."""
+        n, k, lanes = self.shape.n, self.shape.k, self.lanes
+        rest = n % lanes
+        mask = tirx.get_active_lane_mask(f"uint1x{lanes}", tirx.const(0, "int32"), tirx.const(rest, "int32"))
+        acc = [B.alloc_buffer((vectors * lanes,), "float32") for _ in range(rows)]
+        for r in range(rows):
+            for v in range(vectors):
+                B.buffer_store(acc[r], B.Broadcast(B.float32(0), lanes), [B.Ramp(v * lanes, 1, lanes)])
+        with B.serial(0, k) as step:
+            columns = []
+            for v in range(vectors):
+                index = B.Ramp(b0 + step * n + v * lanes, 1, lanes)
+                if masked and v == vectors - 1:
+                    value = B.masked_load(f"float32x{lanes}", self.b, index, mask)
+                else:
+                    value = self.b[index]
+                columns.append(B.bind(value))
+            for r in range(rows):
+                factor = B.bind(B.Broadcast(self.a[a0 + r * k + step], lanes))
+                for v in range(vectors):
+                    at = B.Ramp(v * lanes, 1, lanes)
+                    B.buffer_store(acc[r], acc[r][at] + factor * columns[v], [at])
+        for r in range(rows):
+            for v in range(vectors):
+                index = B.Ramp(c0 + r * n + v * lanes, 1, lanes)
+                value = acc[r][B.Ramp(v * lanes, 1, lanes)]
+                if masked and v == vectors - 1:
+                    B.evaluate(B.masked_store(self.c, value, index, mask))
+                else:
+                    B.buffer_store(self.c, value, [index])
+
+
+def matmul(
+    a_shape: Sequence[int], b_shape: Sequence[int], c_shape: Sequence[int], shape: MatmulShape, target: CpuTarget
+) -> tirx.PrimFunc:
+    """PrimFunc(A f32[a_shape], B f32[b_shape], C f32[c_shape]), batches flattened as ``shape`` says."""
+    lanes, n, k = target.lanes, shape.n, shape.k
+    rows, width = block_shape(shape, target)
+    blocks, rest_rows = divmod(shape.m, rows)
+    vectors = -(-n // lanes)
+    panels, rest_vectors = divmod(vectors, width)
+    ragged = n % lanes != 0
+    if ragged and rest_vectors == 0:  # the masked panel is always the last one, and of a kind of its own
+        panels, rest_vectors = panels - 1, width
+    row_tasks = min(blocks, max(1, TASKS // shape.batch)) if blocks >= 4 or panels + bool(rest_vectors) < 4 else 1
+    per_task = -(-blocks // row_tasks)
+    row_tasks = -(-blocks // per_task)
+    all_panels = panels + bool(rest_vectors)
+    panel_tasks = all_panels if shape.batch * row_tasks < TASKS // 2 else 1
+
+    with IRBuilder() as ib:
+        with B.prim_func(s_tir=True):
+            B.func_name("matmul")
+            B.func_attr({"tirx.noalias": True, "op_pattern": 8, "tirx.is_scheduled": True})
+            args = []
+            for name, dims in (("A", a_shape), ("B", b_shape), ("C", c_shape)):
+                args.append(B.arg(name, B.Buffer(tuple(tirx.const(d, "int64") for d in dims), "float32")))
+            flat = flat_views(args, (a_shape, b_shape, c_shape))
+            micro = _Micro(shape, lanes, *flat)
+
+            def rows_of(task: Any, a0: Any, b0: Any, c0: Any, wide: int, masked: bool) -> None:
+                with B.serial(0, per_task) as i:
+                    block = B.bind(task * per_task + i)
+                    guard = per_task * row_tasks != blocks
+
+                    def body() -> None:
+                        micro.emit(rows, wide, masked, a0 + block * (rows * k), b0, c0 + block * (rows * n))
+
+                    if guard:
+                        with B.If(block < blocks):
+                            with B.Then():
+                                body()
+                    else:
+                        body()
+                if rest_rows:
+                    with B.If(task == row_tasks - 1):
+                        with B.Then():
+                            micro.emit(rest_rows, wide, masked, a0 + blocks * (rows * k), b0, c0 + blocks * (rows * n))
+
+            def columns_of(task: Any, a0: Any, b0: Any, c0: Any) -> None:
+                if panels:
+                    with B.serial(0, panels) as panel:
+                        first = B.bind(panel * (width * lanes))
+                        rows_of(task, a0, b0 + first, c0 + first, width, False)
+                if rest_vectors:
+                    first = panels * width * lanes
+                    rows_of(task, a0, b0 + first, c0 + first, rest_vectors, ragged)
+
+            def one_panel(panel: Any, task: Any, a0: Any, b0: Any, c0: Any) -> None:
+                first = B.bind(panel * (width * lanes))
+                if panels and rest_vectors:
+                    with B.If(panel < panels):
+                        with B.Then():
+                            rows_of(task, a0, b0 + first, c0 + first, width, False)
+                        with B.Else():
+                            rows_of(task, a0, b0 + first, c0 + first, rest_vectors, ragged)
+                elif panels:
+                    rows_of(task, a0, b0 + first, c0 + first, width, False)
+                else:
+                    rows_of(task, a0, b0 + first, c0 + first, rest_vectors, ragged)
+
+            total = shape.batch * row_tasks * panel_tasks
+            loop = B.parallel if shape.macs >= MIN_PARALLEL and total > 1 else B.serial
+            with loop(0, total) as job:
+                batch = B.bind(job // (row_tasks * panel_tasks))
+                panel = B.bind(job % (row_tasks * panel_tasks) // row_tasks)
+                task = B.bind(job % row_tasks)
+                a0 = B.bind(batch * (0 if shape.shared_a else shape.m * k))
+                b0 = B.bind(batch * (0 if shape.shared_b else k * n))
+                c0 = B.bind(batch * (shape.m * n))
+                if panel_tasks > 1:
+                    one_panel(panel, task, a0, b0, c0)
+                else:
+                    columns_of(task, a0, b0, c0)
+    return ib.get().without_attr("global_symbol")

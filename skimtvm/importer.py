@@ -1,0 +1,209 @@
+"""ONNX file to Relax module: the first phase of the compiler.
+
+``prepare_onnx`` checks and cleans a model in ONNX itself and needs no TVM; ``load_model`` goes on to Relax. Each
+convolution and matrix product of the result carries the name of its ONNX node, see ``layer_name``.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.helper
+import onnx.inliner
+from onnx import TensorProto, numpy_helper
+
+from .errors import EnvironmentProblem, UnsupportedModel
+from .onnx_fold import densify, drop_dead, fold, to_float32
+from .onnx_read import graphs, one_line, opset_of, read_model
+from .onnx_shapes import change_batch, resolve_inputs, set_input_shapes
+from .report import TensorSpec
+
+TVM_VERSION = "0.27."
+FFI_VERSION = "0.1.14"
+FFI_REQUIREMENT = "apache-tvm-ffi==0.1.14.post1"
+
+_TYPES = {
+    getattr(TensorProto, name)
+    for name in ("FLOAT", "INT8", "INT16", "INT32", "INT64", "UINT8", "UINT16", "UINT32", "UINT64", "BOOL")
+}
+# An infinite constant is meant as a bound or as padding in the operators of the first set.
+_BOUNDS = {"Clip", "Pad", "Where", "Min", "Max", "Expand", "ReduceMax", "ReduceMin"}
+
+
+@dataclass(frozen=True)
+class PreparedOnnx:
+    """A cleaned model: constants folded, weights float32 initializers, static input shapes, unique node names.
+
+    ``inputs``: name, shape and dtype of each graph input; ``sha256``: of the file and its external data as read.
+    """
+
+    model: Any  # onnx.ModelProto
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[str, ...]
+    sha256: str
+    name: str
+    opset: int
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ImportedModel:
+    """``mod``: Relax module whose only function ``main`` has static shapes and one dataflow block; its parameters are
+    ``inputs`` in order (names made into identifiers), its result is ``outputs`` (a tuple if there are several)."""
+
+    mod: Any  # tvm.ir.IRModule
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    sha256: str
+    name: str
+    opset: int
+    warnings: tuple[str, ...]
+
+
+def check_environment() -> None:
+    """Raise EnvironmentProblem if the installed TVM or tvm-ffi is missing or of another release.
+
+    Other builds of tvm-ffi import fine and then crash inside passes, so this looks before anything is imported.
+    """
+    for package, prefix, requirement in (
+        ("apache-tvm", TVM_VERSION, "apache-tvm==0.27.0.post1"),
+        ("apache-tvm-ffi", FFI_VERSION, FFI_REQUIREMENT),
+    ):
+        remedy = f'install the right one with: pip install "{requirement}"'
+        try:
+            version = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            raise EnvironmentProblem(f"{package} is not installed; {remedy}") from None
+        if not (version + ".").startswith(prefix if prefix.endswith(".") else prefix + "."):
+            raise EnvironmentProblem(f"{package} {version} does not work with SkimTVM; {remedy}")
+
+
+def prepare_onnx(
+    source: str | os.PathLike[str] | bytes | Any,
+    *,
+    input_shapes: Mapping[str, Sequence[int]] | None = None,
+    batch: int | None = None,
+) -> PreparedOnnx:
+    """Read, check and clean a model (path, bytes or onnx.ModelProto, which is not modified).
+
+    ``input_shapes``: whole shape of an input by name; ``batch``: first dimension of every input. Raises InvalidModel
+    (not a sound ONNX model), InvalidOption (shapes that do not fit), UnboundShape and UnsupportedModel.
+    """
+    model, sha256, name = read_model(source)
+    if model.functions:
+        model = onnx.inliner.inline_local_functions(model)
+        del model.functions[:]
+    densify(model)
+    shapes, rebatch = resolve_inputs(model, input_shapes, batch)
+    drop_dead(model)
+    fold(model, shapes=False)
+    if rebatch is not None:
+        change_batch(model, shapes, *rebatch)
+    set_input_shapes(model, shapes)
+    fold(model)
+    warnings = []
+    converted = to_float32(model)
+    if converted:
+        fold(model)
+        inputs = ", ".join(f"'{v.name}'" for v in model.graph.input if v.type.tensor_type.elem_type == TensorProto.FLOAT)
+        warnings.append(
+            f"{' and '.join(converted)} are computed as float32: weights were converted, and the float inputs and outputs "
+            f"of the module are float32 (inputs: {inputs or 'none'})"
+        )
+    _check_types(model)
+    _name_nodes(model.graph)
+    warnings += _odd_weights(model.graph)
+    inputs = tuple(
+        TensorSpec(v.name, shapes[v.name], str(onnx.helper.tensor_dtype_to_np_dtype(v.type.tensor_type.elem_type)))
+        for v in model.graph.input
+    )
+    outputs = tuple(o.name for o in model.graph.output)
+    return PreparedOnnx(model, inputs, outputs, sha256, name, opset_of(model), tuple(warnings))
+
+
+def _check_types(model: Any) -> None:
+    typed = [(f"input '{v.name}'", v.type.tensor_type.elem_type) for v in model.graph.input]
+    typed += [(f"weight '{t.name}'", t.data_type) for t in model.graph.initializer]
+    odd = [f"{what} is {TensorProto.DataType.Name(t).lower()}" for what, t in typed if t not in _TYPES]
+    # A quantised model is better described by its operators, which the importer lists.
+    if odd and not any(quantised(node.op_type) for node in model.graph.node):
+        more = f" and {len(odd) - 5} more" if len(odd) > 5 else ""
+        raise UnsupportedModel(f"{', '.join(odd[:5])}{more}: this type is not supported; export the model in float32")
+
+
+def quantised(op_type: str) -> bool:
+    """Whether an operator belongs to a quantised network."""
+    return op_type in ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear") or (
+        op_type.startswith("QLinear") or op_type.endswith(("Integer", "Integer16"))
+    )
+
+
+def _name_nodes(graph: Any) -> None:
+    """Give every node a unique name: its own, or that of its first output where it has none or shares it."""
+    nodes = [node for g in graphs(graph) for node in g.node]
+    count: dict[str, int] = {}
+    for node in nodes:
+        count[node.name] = count.get(node.name, 0) + 1
+    taken = {name for name, n in count.items() if n == 1 and name}
+    for node in nodes:
+        if node.name and count[node.name] == 1:
+            continue
+        base = next((o for o in node.output if o), None) or node.op_type
+        name, k = base, 0
+        while name in taken:
+            k += 1
+            name = f"{base}.{k}"
+        taken.add(name)
+        node.name = name
+
+
+def _odd_weights(graph: Any) -> Iterator[str]:
+    """A warning for each weight that holds NaN or infinity."""
+    readers: dict[str, list[Any]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    for tensor in graph.initializer:
+        if tensor.data_type != TensorProto.FLOAT:
+            continue
+        array = numpy_helper.to_array(tensor)
+        if np.isfinite(array).all():
+            continue
+        nan, inf = int(np.isnan(array).sum()), int(np.isinf(array).sum())
+        users = [n for n in readers.get(tensor.name, []) if nan or n.op_type not in _BOUNDS]
+        if users:
+            where = ", ".join(f"{n.op_type} node '{n.name}'" for n in users[:3])
+            yield f"{where}: weight '{tensor.name}' holds {nan} NaN and {inf} infinite of {array.size} values"
+
+
+def load_model(
+    source: str | os.PathLike[str] | bytes | Any,
+    *,
+    input_shapes: Mapping[str, Sequence[int]] | None = None,
+    batch: int | None = None,
+) -> ImportedModel:
+    """Prepare a model (see ``prepare_onnx`` for arguments and errors) and convert it to Relax.
+
+    Raises also EnvironmentProblem, and UnsupportedModel naming every operator that cannot be converted.
+    """
+    check_environment()
+    prepared = prepare_onnx(source, input_shapes=input_shapes, batch=batch)
+    from .onnx_to_relax import convert
+
+    mod, results = convert(prepared.model, prepared.opset)
+    outputs = tuple(TensorSpec(name, shape, dtype) for name, (shape, dtype) in zip(prepared.outputs, results, strict=True))
+    p = prepared
+    return ImportedModel(mod, p.inputs, outputs, p.sha256, p.name, p.opset, p.warnings)
+
+
+def layer_name(call: Any) -> str | None:
+    """Name of the ONNX node that a relax.Call came from; None where it carries none."""
+    span = getattr(call, "span", None)
+    source = getattr(span, "source_name", None)
+    return one_line(source.name, 1000) if source is not None else None

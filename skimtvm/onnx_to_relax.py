@@ -1,0 +1,208 @@
+"""Convert a prepared ONNX model to Relax with TVM's importer, keeping track of which node each call comes from."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import warnings
+from typing import Any
+
+import tvm
+from tvm import relax
+from tvm.ir import SourceName, Span
+from tvm.relax.expr_functor import PyExprMutator, mutator
+from tvm.relax.frontend.onnx import onnx_frontend
+
+from .errors import SkimError, UnsupportedModel
+from .importer import quantised
+from .onnx_read import graphs, one_line
+
+ANCHORS = frozenset(
+    "relax." + name
+    for name in (
+        "matmul nn.conv1d nn.conv2d nn.conv3d nn.conv1d_transpose nn.conv2d_transpose nn.conv3d_transpose".split()
+    )
+)
+_LISTED = 10
+
+
+def make_span(name: str) -> Any:
+    """The span that carries a layer name."""
+    return Span(SourceName(name), 0, 0, 0, 0)
+
+
+def is_anchor(expr: Any) -> bool:
+    """Whether ``expr`` is the call of a convolution or matrix product."""
+    return isinstance(expr, relax.Call) and isinstance(expr.op, tvm.ir.Op) and expr.op.name in ANCHORS
+
+
+def check_operators(model: Any, opset: int) -> None:
+    """Raise UnsupportedModel with every node that has no converter, those in subgraphs included."""
+    known = onnx_frontend._get_convert_map()
+    bad, hints = [], []
+    for graph in graphs(model.graph):
+        for node in graph.node:
+            custom = node.domain not in ("", "ai.onnx")
+            if not custom and node.op_type in known and not quantised(node.op_type):
+                continue
+            op = f"{node.domain}.{node.op_type}" if custom else node.op_type
+            version = next((o.version for o in model.opset_import if o.domain == node.domain), opset) if custom else opset
+            bad.append(f"{op} (node '{node.name}', opset {version})")
+            if quantised(node.op_type):
+                hints.append("export the float32 model instead of the quantised one")
+            elif node.op_type in ("If", "Loop", "Scan"):
+                hints.append("control flow works only where its condition is constant")
+    if bad:
+        more = f" and {len(bad) - _LISTED} more" if len(bad) > _LISTED else ""
+        hint = "; ".join(dict.fromkeys(hints)) or "replace them in the model before export"
+        raise UnsupportedModel(f"unsupported operators: {', '.join(bad[:_LISTED])}{more}; {hint}")
+
+
+def _static_shape(ty: Any) -> tuple[int, ...] | None:
+    shape = getattr(ty, "shape", None)
+    if shape is None or not isinstance(shape, relax.ShapeExpr):
+        return None
+    dims = [d for d in shape.values if isinstance(d, tvm.tirx.IntImm)]
+    return tuple(int(d) for d in dims) if len(dims) == len(shape.values) else None
+
+
+class _Importer(onnx_frontend.ONNXGraphImporter):
+    """TVM's importer with three changes: each node's result is bound at once, so that bindings follow the order of
+    the nodes; anchors carry the name of their node; dynamic shapes are refused where they appear."""
+
+    def __init__(self) -> None:
+        super().__init__({}, {})
+        self.where = "its inputs"
+        self._names: dict[str, int] = {}
+
+    def _sanitize_name(self, name: str) -> str:
+        plain = re.sub(r"\W", "_", name) or "input"
+        return str(self._name_supply.fresh_name(plain if not plain[0].isdigit() else "input_" + plain))
+
+    def _span(self, node: str) -> Any:
+        n = self._names[node] = self._names.get(node, -1) + 1
+        return make_span(f"{node}.{n}" if n else node)
+
+    def _bind_anchors(self, expr: Any, node: str, memo: list[tuple[Any, Any]]) -> Any:
+        """Bind every anchor in ``expr`` with the name of its node, and replace it by its variable.
+
+        The arguments of an anchor are bound first: normalisation rebuilds a call with nested arguments without span.
+        """
+        if isinstance(expr, relax.Tuple):
+            fields = [self._bind_anchors(f, node, memo) for f in expr.fields]
+            same = all(a.same_as(b) for a, b in zip(fields, expr.fields, strict=True))
+            return expr if same else relax.Tuple(fields)
+        if isinstance(expr, relax.TupleGetItem):
+            value = self._bind_anchors(expr.tuple_value, node, memo)
+            return expr if value.same_as(expr.tuple_value) else relax.TupleGetItem(value, expr.index)
+        if not isinstance(expr, relax.Call):
+            return expr
+        for seen, result in memo:
+            if seen.same_as(expr):
+                return result
+        args = [self._bind_anchors(a, node, memo) for a in expr.args]
+        result = expr
+        if is_anchor(expr):
+            args = [self.bb.emit(a) if isinstance(a, relax.Call) else a for a in args]
+            result = self.bb.emit(relax.Call(expr.op, args, expr.attrs, expr.ty_args, self._span(node)))
+        elif not all(a.same_as(b) for a, b in zip(args, expr.args, strict=True)):
+            result = relax.Call(expr.op, args, expr.attrs, expr.ty_args, expr.span)
+        memo.append((expr, result))
+        return result
+
+    def _convert_operator(self, op_name: str, inputs: Any, attrs: dict[str, Any], opset: int) -> Any:
+        node = attrs["tvm_custom"]["name"]
+        self.where = f"{op_name} node '{node}'"
+        converter = onnx_frontend._get_convert_map()[op_name].get_converter(opset)
+        result = converter(self.bb, inputs, attrs, [self._nodes, self._params])
+        if not isinstance(result, relax.Expr):
+            return result
+        result = self.bb.normalize(self._bind_anchors(result, node, []))
+        if isinstance(result, relax.Call) and isinstance(result.ty, relax.TensorType):
+            result = self.bb.emit(result)
+        self._check_static(result)
+        return result
+
+    def _check_static(self, result: Any) -> None:
+        fields = result.ty.fields if isinstance(result.ty, relax.TupleType) else [result.ty]
+        for ty in fields:
+            if not isinstance(ty, relax.TensorType):
+                continue
+            shape = _static_shape(ty)
+            if shape is None:
+                raise UnsupportedModel(
+                    f"{self.where}: the shape of its result depends on data; shapes must be known when the model is compiled"
+                )
+            if 0 in shape:
+                raise UnsupportedModel(f"{self.where}: its result is empty, shape {shape}; give inputs that are large enough")
+
+
+@mutator
+class _NameRest(PyExprMutator):  # type: ignore[misc]
+    """Names the anchors that a converter bound itself, out of sight of ``_bind_anchors``."""
+
+    def __init__(self, mod: Any) -> None:
+        super().__init__(mod)
+        self.count = 0
+
+    def visit_call_(self, call: Any) -> Any:
+        call = self.visit_expr_post_order(call)
+        if not is_anchor(call) or call.span is not None:
+            return call
+        self.count += 1
+        name = f"{call.op.name.rpartition('.')[2]}#{self.count}"
+        return relax.Call(call.op, call.args, call.attrs, call.ty_args, make_span(name))
+
+
+def _unnamed(func: Any) -> bool:
+    bindings = [b for block in func.body.blocks for b in block.bindings]
+    return any(is_anchor(b.value) and b.value.span is None for b in bindings)
+
+
+def convert(model: Any, opset: int) -> tuple[Any, list[tuple[tuple[int, ...], str]]]:
+    """Relax module of a prepared model, and (shape, dtype) of each output.
+
+    ``model``: from importer.prepare_onnx. Raises UnsupportedModel, naming the node where that is known.
+    """
+    check_operators(model, opset)
+    importer = _Importer()
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            mod = importer.from_onnx(model.graph, opset)
+    except Exception as err:  # converters raise whatever they like
+        with contextlib.suppress(Exception):
+            importer.bb._end_block()  # else the builder complains on stderr when it is collected
+        if isinstance(err, SkimError):
+            raise
+        first = next((line for line in str(err).splitlines() if line.strip()), "")
+        raise UnsupportedModel(
+            f"{importer.where} (opset {opset}) cannot be imported: {one_line(f'{type(err).__name__}: {first}')}"
+        ) from None
+    mod = relax.transform.CanonicalizeBindings()(mod)
+    if _unnamed(mod["main"]):
+        rest = _NameRest(mod)
+        for gv, func in list(mod.functions_items()):
+            if isinstance(func, relax.Function):
+                rest.builder_.update_func(gv, rest.visit_expr(func))
+        mod = rest.builder_.get()
+    return mod, _check_main(mod["main"])
+
+
+def _check_main(main: Any) -> list[tuple[tuple[int, ...], str]]:
+    blocks = list(main.body.blocks)
+    if len(blocks) != 1 or not isinstance(blocks[0], relax.DataflowBlock):
+        raise UnsupportedModel("model: its graph is not one dataflow block; remove control flow and unused inputs before export")
+    for binding in blocks[0].bindings:
+        fields = binding.var.ty.fields if isinstance(binding.var.ty, relax.TupleType) else [binding.var.ty]
+        if any(isinstance(ty, relax.TensorType) and _static_shape(ty) is None for ty in fields):
+            raise UnsupportedModel(f"tensor '{binding.var.name}' has no static shape; bind every input dimension")
+    fields = main.ret_ty.fields if isinstance(main.ret_ty, relax.TupleType) else [main.ret_ty]
+    results = []
+    for k, ty in enumerate(fields):
+        shape = _static_shape(ty)
+        if not isinstance(ty, relax.TensorType) or shape is None:
+            raise UnsupportedModel(f"output {k} of the model is not a tensor of static shape; bind every input dimension")
+        results.append((shape, str(ty.dtype.dtype if hasattr(ty.dtype, "dtype") else ty.dtype)))
+    return results

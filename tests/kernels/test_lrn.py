@@ -1,0 +1,47 @@
+"""Local response normalisation against the float64 reference."""
+
+import numpy as np
+import pytest
+
+from skimtvm.layout import Halo, Space, natural, plane
+from skimtvm.ops.lrn import lrn_reference
+from skimtvm.ops.packing import check_output, pack, run_kernel
+from skimtvm.schedules.lrn import emit_lrn
+from skimtvm.target import TARGETS
+from skimtvm.workload import LRNWorkload
+
+LANES = {8: TARGETS["haswell"], 16: TARGETS["znver4"]}
+by_lanes = pytest.mark.parametrize("lanes", LANES, ids="{}lanes".format)
+WORKLOADS = [
+    LRNWorkload(5),
+    LRNWorkload(5, 1e-1, 0.75, 2.0),
+    LRNWorkload(4, 0.3, 0.5),
+    LRNWorkload(1, 0.3, 1.0),
+    LRNWorkload(13, 0.3, 0.61, 0.7),
+]
+SHAPES = [(1, 96, 9, 13), (3, 7, 3, 17), (1, 2, 27, 27), (1, 1, 1, 1), (1, 16, 4, 70), (2, 3, 5, 1)]
+
+
+@by_lanes
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize("workload", WORKLOADS, ids=str)
+def test_lrn(workload, shape, lanes):
+    n, c, h, w = shape
+    x = 3 * np.random.default_rng(c).standard_normal(shape).astype(np.float32)
+    want = lrn_reference(x, workload)
+    halo = plane(n, c, h, w, Space(w + 2, h + 2), Halo(2, 2, 2, 2))
+    for src, dst in ((natural(*shape), natural(*shape)), (halo, natural(*shape)), (natural(*shape), halo)):
+        func = emit_lrn(workload, src, dst, src_size=src.size, dst_size=dst.size, target=LANES[lanes])
+        got = run_kernel(func, [pack(x, src, fill=np.nan)], dst.size, LANES[lanes])
+        check_output(got, want, dst, rtol=1e-6)
+
+
+@by_lanes
+def test_lrn_of_a_slice_does_not_see_the_neighbouring_channels(lanes):
+    x = np.random.default_rng(0).standard_normal((1, 4, 3, 7)).astype(np.float32)
+    lay = plane(1, 4, 3, 7, Space(8, 4), Halo(1, 1, 1, 1))
+    size = lay.with_channels(8).size
+    wl = LRNWorkload(5, 1.0)
+    func = emit_lrn(wl, lay, lay, src_size=size, dst_size=size, src_channel=2, dst_channel=3, target=LANES[lanes])
+    got = run_kernel(func, [pack(x, lay, size=size, channel=2, fill=np.nan)], size, LANES[lanes])
+    check_output(got, lrn_reference(x, wl), lay, channel=3, rtol=1e-6)

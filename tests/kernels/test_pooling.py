@@ -1,0 +1,118 @@
+"""Pooling kernels against float64 references, on inputs whose halo and gaps hold NaN."""
+
+import numpy as np
+import pytest
+
+from skimtvm.errors import UnsupportedWorkload
+from skimtvm.layout import Halo, Space, natural, plane
+from skimtvm.ops.packing import check_output, pack, run_kernel
+from skimtvm.ops.pooling import pool_reference
+from skimtvm.schedules.pooling import emit_global_avg_pool, emit_global_pool, emit_pool
+from skimtvm.target import TARGETS
+from skimtvm.workload import PoolWorkload
+
+LANES = {8: TARGETS["haswell"], 16: TARGETS["znver4"]}
+by_lanes = pytest.mark.parametrize("lanes", LANES, ids="{}lanes".format)
+by_kind = pytest.mark.parametrize("kind", ["max", "avg", "avg-include-pad"])
+
+# (n, c, h, w), kernel, strides, dilation, padding, ceil
+CASES = {
+    "resnet-3x3-s2": ((1, 3, 20, 112), (3, 3), (2, 2), (1, 1), (1, 1, 1, 1), False),
+    "inception-3x3-s1": ((1, 2, 35, 35), (3, 3), (1, 1), (1, 1), (1, 1, 1, 1), False),
+    "vgg-2x2-s2-batch3": ((3, 2, 14, 14), (2, 2), (2, 2), (1, 1), (0, 0, 0, 0), False),
+    "ceil-3x3-s2": ((1, 2, 13, 14), (3, 3), (2, 2), (1, 1), (0, 0, 0, 0), True),
+    "ceil-padded-batch3": ((3, 2, 14, 17), (3, 3), (2, 2), (1, 1), (1, 1, 1, 1), True),
+    "asymmetric": ((1, 2, 9, 13), (3, 2), (1, 2), (1, 1), (0, 1, 2, 0), False),
+    "dilated": ((1, 2, 11, 17), (3, 3), (1, 1), (2, 3), (2, 3, 2, 3), False),
+    "dilated-strided": ((1, 2, 15, 19), (2, 3), (3, 2), (2, 3), (1, 2, 0, 1), False),
+    "wide-window-13x13": ((1, 1, 13, 13), (13, 13), (1, 1), (1, 1), (6, 6, 6, 6), False),
+    "whole-image": ((1, 3, 7, 7), (7, 7), (7, 7), (1, 1), (0, 0, 0, 0), False),
+    "stride-5": ((1, 2, 17, 23), (3, 4), (5, 5), (1, 1), (1, 1, 1, 1), False),
+    "long-window-s2": ((1, 1, 40, 40), (20, 20), (2, 2), (1, 1), (3, 3, 3, 3), False),
+    "one-pixel": ((1, 1, 1, 1), (3, 3), (1, 1), (1, 1), (1, 1, 1, 1), False),
+    "one-column": ((2, 3, 6, 1), (2, 1), (2, 1), (1, 1), (0, 0, 0, 0), False),
+    "1x1-s2": ((1, 4, 8, 9), (1, 1), (2, 2), (1, 1), (0, 0, 0, 0), False),
+    "row-over-1KB": ((1, 2, 4, 301), (3, 3), (2, 2), (1, 1), (1, 1, 1, 1), False),
+}
+by_case = pytest.mark.parametrize("case", CASES)
+
+
+def workload_of(case, kind):
+    _, kernel, strides, dilation, padding, _ = CASES[case]
+    return PoolWorkload(kind[:3], kernel, strides, dilation, padding, count_include_pad=kind.endswith("pad"))
+
+
+@by_lanes
+@by_kind
+@by_case
+def test_pool(case, kind, lanes):
+    shape, *_, ceil = CASES[case]
+    wl = workload_of(case, kind)
+    n, c, h, w = shape
+    out = wl.out_extent(h, w, ceil=ceil)
+    x = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
+    want = pool_reference(x, wl, out)
+    src = plane(n, c, h, w, Space(w + 1, h + 1), Halo(1, 1, 1, 1))
+    for dst in (natural(n, c, *out), plane(n, c, *out, Space(out[1] + 2, out[0] + 2), Halo(2, 1, 1, 2))):
+        func = emit_pool(wl, src, dst, src_size=src.size, dst_size=dst.size, target=LANES[lanes])
+        got = run_kernel(func, [pack(x, src, fill=np.nan)], dst.size, LANES[lanes])
+        check_output(got, want, dst, rtol=2e-5, atol=1e-6)
+
+
+@by_lanes
+@by_kind
+def test_pool_between_slices(kind, lanes):
+    wl = PoolWorkload(kind[:3], (3, 3), padding=(1, 1, 1, 1), count_include_pad=kind.endswith("pad"))
+    x = np.random.default_rng(2).standard_normal((3, 2, 5, 7)).astype(np.float32)
+    src = plane(3, 2, 5, 7, Space(8, 6), Halo(1, 1, 1, 1))
+    sizes = {"src_size": src.with_channels(5).size, "dst_size": src.with_channels(4).size}
+    func = emit_pool(wl, src, src, **sizes, src_channel=3, dst_channel=1, target=LANES[lanes])
+    packed = pack(x, src, size=sizes["src_size"], channel=3, fill=np.nan)
+    got = run_kernel(func, [packed], sizes["dst_size"], LANES[lanes])
+    check_output(got, pool_reference(x, wl, (5, 7)), src, channel=1, rtol=2e-5, atol=1e-6)
+
+
+def test_a_window_outside_of_the_image_gives_the_identity():
+    wl = PoolWorkload("max", (1, 1), (1, 1), (1, 1), (1, 1, 1, 1))
+    x = np.ones((1, 1, 1, 2), np.float32)
+    src, dst = natural(*x.shape), natural(1, 1, 3, 4)
+    func = emit_pool(wl, src, dst, src_size=2, dst_size=12, target=LANES[16])
+    check_output(run_kernel(func, [x.ravel()], 12, LANES[16]), pool_reference(x, wl, (3, 4)), dst)
+
+
+@by_lanes
+@pytest.mark.parametrize("kind", ["avg", "max"])
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 5, 7, 7), (3, 2, 1, 1), (1, 1, 56, 56), (2, 3, 5, 13), (1, 2, 3, 1)],
+    ids=lambda s: "x".join(map(str, s)),
+)
+def test_global_pool(shape, kind, lanes):
+    n, c, h, w = shape
+    x = np.random.default_rng(3).standard_normal(shape).astype(np.float32)
+    want = (x.mean((2, 3), dtype=np.float64) if kind == "avg" else x.max((2, 3)))[:, :, None, None]
+    for src in (natural(*shape), plane(n, c, h, w, Space(w + 1, h + 1), Halo(1, 1, 1, 1))):
+        for dst in (natural(n, c, 1, 1), plane(n, c, 1, 1, Space(2, 2), Halo(1, 1, 1, 1))):
+            func = emit_global_pool(kind, src, dst, src_size=src.size, dst_size=dst.size, target=LANES[lanes])
+            got = run_kernel(func, [pack(x, src, fill=np.nan)], dst.size, LANES[lanes])
+            check_output(got, want, dst, rtol=1e-5, atol=1e-6)
+
+
+def test_global_avg_pool_writes_a_matrix():
+    x = np.random.default_rng(4).standard_normal((2, 6, 7, 7)).astype(np.float32)
+    func = emit_global_avg_pool(natural(*x.shape), src_size=x.size, dst_size=12, target=LANES[16])
+    got = run_kernel(func, [x.ravel()], 12, LANES[16])
+    np.testing.assert_allclose(got.reshape(2, 6), x.mean((2, 3)), rtol=1e-5, atol=1e-6)
+
+
+def test_workload_rules():
+    wl = PoolWorkload("avg", (3, 3), (2, 2), padding=(1, 1, 1, 1), count_include_pad=True)
+    assert PoolWorkload.from_json(wl.to_json()) == wl
+    assert str(wl) == "avg 3x3 s2 p1 include_pad"
+    assert wl.out_extent(112, 112) == (56, 56)
+    assert PoolWorkload("max", (3, 3), (2, 2)).out_extent(56, 56, ceil=True) == (28, 28)
+    assert PoolWorkload("max", (1, 1), (2, 2), padding=(0, 0, 1, 1)).out_extent(4, 4, ceil=True) == (2, 2)
+    with pytest.raises(UnsupportedWorkload, match="kind 'sum'"):
+        PoolWorkload("sum", (2, 2))
+    with pytest.raises(UnsupportedWorkload, match="negative"):
+        PoolWorkload("max", (2, 2), padding=(0, -1, 0, 0))
