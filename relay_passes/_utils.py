@@ -21,14 +21,11 @@ Array = np.ndarray[Any, Any]
 
 # Elementwise operators of one tensor (further arguments are scalars): they commute with any reordering of elements.
 UNARY = frozenset(
-    "nn.relu nn.relu6 nn.leakyrelu nn.gelu nn.gelu_tanh nn.silu nn.softplus nn.selu sigmoid tanh exp log sqrt rsqrt abs "
-    "negative clip erf floor ceil round sign square sin cos tan sinh cosh asin acos atan asinh acosh atanh astype isnan "
-    "isinf isfinite logical_not bitwise_not".split()
+    ["nn.relu", "nn.relu6", "nn.leakyrelu", "nn.gelu", "nn.gelu_tanh", "nn.silu", "nn.softplus", "nn.selu", "sigmoid", "tanh", "exp", "log", "sqrt", "rsqrt", "abs", "negative", "clip", "erf", "floor", "ceil", "round", "sign", "square", "sin", "cos", "tan", "sinh", "cosh", "asin", "acos", "atan", "asinh", "acosh", "atanh", "astype", "isnan", "isinf", "isfinite", "logical_not", "bitwise_not"]
 )
 # Elementwise operators of two tensors, with NumPy broadcasting.
 BINARY = frozenset(
-    "add subtract multiply divide floor_divide power maximum minimum mod floor_mod equal not_equal less less_equal greater "
-    "greater_equal logical_and logical_or logical_xor".split()
+    ["add", "subtract", "multiply", "divide", "floor_divide", "power", "maximum", "minimum", "mod", "floor_mod", "equal", "not_equal", "less", "less_equal", "greater", "greater_equal", "logical_and", "logical_or", "logical_xor"]
 )
 COMMUTATIVE = frozenset(("add", "multiply", "maximum", "minimum"))
 
@@ -57,6 +54,11 @@ def ints(values: Any) -> list[int]:
     if values is None:
         return []
     return [int(v) for v in values] if hasattr(values, "__len__") else [int(values)]
+
+
+def number(expr: Any) -> float:
+    """The value of a scalar argument (IntImm or FloatImm)."""
+    return float(getattr(expr, "value", expr))
 
 
 def is_const(expr: Any) -> bool:

@@ -27,6 +27,7 @@ from ._utils import (
     ints,
     is_const,
     like,
+    number,
     op_name,
     shape_of,
     value,
@@ -84,7 +85,7 @@ def _const_shape(graph: Graph, var: Any, call: Any) -> Any:
 
 # -- padding ---------------------------------------------------------------------------------------------------------
 def _spatial_padding(graph: Graph, expr: Any) -> tuple[Any, list[int], float | None] | None:
-    """(x, [top, left, bottom, right], number) of a padding of the last two of four axes; None as the number: edge pixels
+    """(x, [top, left, bottom, right], fill) of a padding of the last two of four axes; None as the fill: edge pixels
     are repeated."""
     pad = graph.get(expr)
     if op_name(pad) != "nn.pad" or len(shape_of(expr)) != 4:
@@ -128,7 +129,7 @@ def is_nonnegative(graph: Graph, expr: Any, depth: int = 8) -> bool:
     """No element of the tensor can be below zero (as far as a short look at its producers tells)."""
     call = graph.get(expr)
     name = op_name(call)
-    if name in _NONNEGATIVE or (name == "clip" and float(call.args[1]) >= 0):
+    if name in _NONNEGATIVE or (name == "clip" and number(call.args[1]) >= 0):
         return True
     if depth == 0:
         return False
@@ -145,15 +146,15 @@ def _pad_pool(graph: Graph, var: Any, call: Any) -> Any:
     a = call.attrs
     if found is None or str(a.layout) != "NCHW" or any(ints(a.padding)) or bool(a.ceil_mode):
         return None
-    x, pads, number = found
+    x, pads, fill = found
     is_max = op_name(call) == "nn.max_pool2d"
     reach = [(w - 1) * d + 1 for w, d in zip(ints(a.pool_size), _two(a.dilation), strict=True)]
     if is_max:
         fits = max(pads[0], pads[2]) < reach[0] and max(pads[1], pads[3]) < reach[1] and set(_two(a.dilation)) == {1}
         # A window that holds a repeated edge pixel also holds the pixel itself.
-        if not fits or not (number is None or number <= _LOWEST or (number == 0 and is_nonnegative(graph, x))):
+        if not fits or not (fill is None or fill <= _LOWEST or (fill == 0 and is_nonnegative(graph, x))):
             return None
-    elif number != 0:
+    elif fill != 0:
         return None
     op = relax.op.nn.max_pool2d if is_max else relax.op.nn.avg_pool2d
     return op(
@@ -220,7 +221,7 @@ def _take_mode(graph: Graph, var: Any, call: Any) -> Any:
         return None
     axis = int(call.attrs.axis)
     size, numbers = shape_of(data)[axis], value(index)
-    if numbers.size and not (0 <= int(numbers.min()) and int(numbers.max()) < size):
+    if numbers.size and not (int(numbers.min()) >= 0 and int(numbers.max()) < size):
         return None
     return relax.op.take(data, index, axis, "clip")
 

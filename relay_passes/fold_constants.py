@@ -15,7 +15,20 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from ._utils import BINARY, Array, Graph, Rewriter, const, dtype_of, graph_pass, ints, is_const, op_name, shape_of, value
+from ._utils import (
+    BINARY,
+    Array,
+    Graph,
+    Rewriter,
+    const,
+    dtype_of,
+    graph_pass,
+    ints,
+    is_const,
+    op_name,
+    shape_of,
+    value,
+)
 
 # A constant broadcast beyond this many elements stays a broadcast_to when all that it feeds can broadcast by itself.
 BROADCAST_LIMIT = 1 << 14
@@ -123,7 +136,7 @@ _TABLE: dict[str, Callable[[Any, list[Array]], Any]] = {
     "shape_to_tensor": lambda c, a: np.asarray(_shape_arg(c.args[0]), "int64"),
     "matmul": lambda c, a: np.matmul(a[0], a[1]),
     "nn.pad": lambda c, a: _pad(c, a),
-    "clip": lambda c, a: np.clip(a[0], float(c.args[1]), float(c.args[2])),
+    "clip": lambda c, a: np.clip(a[0], number(c.args[1]), number(c.args[2])),
 }
 
 

@@ -15,7 +15,21 @@ import numpy as np
 from tvm import relax
 
 from ._anchors import channel_axis, channel_const, is_anchor, per_channel, scale_output
-from ._utils import Array, Graph, Rewriter, Rule, const, dtype_of, graph_pass, ints, is_const, like, op_name, shape_of, value
+from ._utils import (
+    Array,
+    Graph,
+    Rewriter,
+    Rule,
+    const,
+    dtype_of,
+    graph_pass,
+    ints,
+    is_const,
+    like,
+    op_name,
+    shape_of,
+    value,
+)
 
 # Constants bigger than this are not per-channel numbers; merging them would be work without an effect.
 MERGE_LIMIT = 1 << 20

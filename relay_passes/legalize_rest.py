@@ -10,10 +10,11 @@ import tvm
 from tvm import relax
 
 from ..schedules import row_kernels as rows
+from ..schedules.generic import with_root_block
 from ..schedules.matmul import MatmulShape, matmul
 from ..schedules.row_kernels import Affine, Rows
 from ..target import CpuTarget
-from .schedule_rest import ScheduleRest
+from .schedule_rest import SCHEDULE_ATTR, ScheduleRest
 
 Legalizer = Callable[[relax.BlockBuilder, Any], Any]
 
@@ -43,6 +44,18 @@ def legalize_rest(target: CpuTarget) -> tvm.transform.Pass:
             return steps(mod)
 
     return run
+
+
+@tvm.transform.module_pass(opt_level=0, name="WrapKernels")
+class WrapKernels:
+    """Give hand-written kernels (raw loop nests) the root block that RewriteDataflowReshape insists on."""
+
+    def transform_module(self, mod: tvm.ir.IRModule, _ctx: Any) -> tvm.ir.IRModule:
+        out = mod.clone()
+        for gv, func in mod.functions_items():
+            if isinstance(func, tvm.tirx.PrimFunc):
+                out.update_func(gv, with_root_block(func))
+        return out
 
 
 def custom_legalizations(target: CpuTarget) -> dict[str, Legalizer]:
@@ -108,6 +121,7 @@ def _shape(expr: Any) -> tuple[int, ...] | None:
 
 
 def _call(bb: relax.BlockBuilder, func: Any, name: str, args: list[Any], ty: Any) -> Any:
+    func = func.with_attr(SCHEDULE_ATTR, "hand-written")
     return relax.call_tir(bb.add_func(func, name), args, out_ty=ty)
 
 

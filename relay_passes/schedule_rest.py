@@ -50,7 +50,7 @@ class ScheduleRest:
         self.target = target
 
     def transform_module(self, mod: tvm.ir.IRModule, _ctx: Any) -> tvm.ir.IRModule:
-        out = mod.clone() if hasattr(mod, "clone") else tvm.ir.IRModule(dict(mod.functions_items()), attrs=mod.attrs)
+        out = mod.clone()
         for gv, func in mod.functions_items():
             if isinstance(func, tirx.PrimFunc) and not (func.attrs and func.attrs.get("tirx.is_scheduled")):
                 out.update_func(gv, schedule(func, self.target))

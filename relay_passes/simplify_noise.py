@@ -28,6 +28,7 @@ from ._utils import (
     ints,
     is_const,
     like,
+    number,
     op_name,
     scalar,
     shape_of,
@@ -173,13 +174,13 @@ def _bound(graph: Graph, expr: Any) -> tuple[Any, float, float] | None:
     if name == "nn.relu6":
         return call.args[0], 0.0, 6.0
     if name == "clip":
-        return call.args[0], float(call.args[1]), float(call.args[2])
+        return call.args[0], number(call.args[1]), number(call.args[2])
     if name in ("maximum", "minimum"):
         data, limit = call.args if is_const(call.args[1]) else (call.args[1], call.args[0])
-        number = scalar(limit)
-        if number is None or is_const(data) or math.isnan(number) or len(shape_of(limit)) > len(shape_of(data)):
+        edge = scalar(limit)
+        if edge is None or is_const(data) or math.isnan(edge) or len(shape_of(limit)) > len(shape_of(data)):
             return None
-        return (data, number, math.inf) if name == "maximum" else (data, -math.inf, number)
+        return (data, edge, math.inf) if name == "maximum" else (data, -math.inf, edge)
     return None
 
 

@@ -54,7 +54,9 @@ class BlockInfo:
 
     @property
     def work(self) -> int:
-        return math.prod(self.extents) * (8 if self.costly else 1)
+        """Element operations, weighted."""
+        scattered = any(None in access.strides for access in self.accesses)
+        return math.prod(self.extents) * (8 if self.costly else 1) * (4 if scattered else 1)
 
 
 class Unschedulable(Exception):
@@ -409,6 +411,13 @@ def schedule_simple(sch: s_tir.Schedule, block: Any) -> str:
             sch.parallel(loop)
             return "parallel only"
     return "serial"
+
+
+def with_root_block(func: tirx.PrimFunc) -> tirx.PrimFunc:
+    """Wrap the body of a raw loop nest in a root block; TVM's RewriteDataflowReshape aborts on functions without one."""
+    if isinstance(func.body, s_tir.SBlockRealize):
+        return func
+    return func.with_body(s_tir.SBlockRealize([], True, s_tir.SBlock([], [], [], "root", func.body)))
 
 
 def _loads_of(info: BlockInfo, buffer: Any) -> int:

@@ -143,7 +143,10 @@ def matmul(
             args = []
             for name, dims in (("A", a_shape), ("B", b_shape), ("C", c_shape)):
                 args.append(B.arg(name, B.Buffer(tuple(tirx.const(d, "int64") for d in dims), "float32")))
-            flat = flat_views(args, (a_shape, b_shape, c_shape))
+            flat = [
+                B.decl_buffer((math.prod(d),), "float32", data=arg.data)
+                for arg, d in zip(args, (a_shape, b_shape, c_shape), strict=True)
+            ]
             micro = _Micro(shape, lanes, *flat)
 
             def rows_of(task: Any, a0: Any, b0: Any, c0: Any, wide: int, masked: bool) -> None:

@@ -72,18 +72,20 @@ def axis_table(
     """
     if coordinates not in COORDINATES or nearest not in NEAREST:
         raise UnsupportedWorkload(f"Resize with coordinates '{coordinates}' and rounding '{nearest}' is not supported")
-    ratio = out / size if scale is None else scale
+    f = np.float32  # as other runtimes: exact ties must fall to the same side, whatever their true value
+    ratio = f(out) / f(size) if scale is None else f(scale)
 
     def source(i: int) -> float:
         if coordinates == "asymmetric":
-            return i / ratio
+            return float(f(i) / ratio)
         if coordinates == "align_corners":
-            return i * (size - 1) / (out - 1) if out > 1 else 0.0
+            return float(f(i) * f(size - 1) / f(out - 1)) if out > 1 else 0.0
         if coordinates == "pytorch_half_pixel" and out == 1:
             return 0.0
+        pixel = (f(i) + f(0.5)) / ratio - f(0.5)
         if coordinates == "half_pixel_symmetric":
-            return size / 2 * (1 - out / (ratio * size)) + (i + 0.5) / ratio - 0.5
-        return (i + 0.5) / ratio - 0.5
+            pixel += f(size) / f(2) * (f(1) - f(out) / (ratio * f(size)))
+        return float(pixel)
 
     def clamp(value: int) -> int:
         return min(max(value, 0), size - 1)
@@ -99,9 +101,7 @@ def axis_table(
         "round_prefer_floor": lambda p: math.ceil(p - 0.5),
         "round_prefer_ceil": lambda p: math.floor(p + 0.5),
     }[nearest]
-    # An exact multiple may come out a hair beside the whole number, and would be rounded to its neighbour.
-    exact = [float(round(p * 4096)) / 4096 if abs(p * 4096 - round(p * 4096)) < 1e-6 else p for p in positions]
-    return AxisTable(tuple(clamp(rounded(p)) for p in exact))
+    return AxisTable(tuple(clamp(rounded(p)) for p in positions))
 
 
 def emit_resize(

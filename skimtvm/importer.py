@@ -8,32 +8,25 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import onnx
 import onnx.helper
 import onnx.inliner
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto
 
-from .errors import EnvironmentProblem, UnsupportedModel
-from .onnx_fold import densify, drop_dead, fold, to_float32
+from .errors import EnvironmentProblem, InvalidModel
+from .onnx_fold import densify, drop_dead, fold
 from .onnx_read import graphs, one_line, opset_of, read_model
 from .onnx_shapes import change_batch, resolve_inputs, set_input_shapes
+from .onnx_types import check_types, odd_weights, to_float32
 from .report import TensorSpec
 
 TVM_VERSION = "0.27."
 FFI_VERSION = "0.1.14"
 FFI_REQUIREMENT = "apache-tvm-ffi==0.1.14.post1"
-
-_TYPES = {
-    getattr(TensorProto, name)
-    for name in ("FLOAT", "INT8", "INT16", "INT32", "INT64", "UINT8", "UINT16", "UINT32", "UINT64", "BOOL")
-}
-# An infinite constant is meant as a bound or as padding in the operators of the first set.
-_BOUNDS = {"Clip", "Pad", "Where", "Min", "Max", "Expand", "ReduceMax", "ReduceMin"}
 
 
 @dataclass(frozen=True)
@@ -95,6 +88,13 @@ def prepare_onnx(
     ``input_shapes``: whole shape of an input by name; ``batch``: first dimension of every input. Raises InvalidModel
     (not a sound ONNX model), InvalidOption (shapes that do not fit), UnboundShape and UnsupportedModel.
     """
+    try:
+        return _prepare(source, input_shapes, batch)
+    except UnicodeDecodeError:  # protobuf decodes names when they are read, not when it parses the file
+        raise InvalidModel("model: holds a name that is not UTF-8, so it is damaged; export or copy it again") from None
+
+
+def _prepare(source: Any, input_shapes: Mapping[str, Sequence[int]] | None, batch: int | None) -> PreparedOnnx:
     model, sha256, name = read_model(source)
     if model.functions:
         model = onnx.inliner.inline_local_functions(model)
@@ -111,37 +111,20 @@ def prepare_onnx(
     converted = to_float32(model)
     if converted:
         fold(model)
-        inputs = ", ".join(f"'{v.name}'" for v in model.graph.input if v.type.tensor_type.elem_type == TensorProto.FLOAT)
+        floats = [v.name for v in model.graph.input if v.type.tensor_type.elem_type == TensorProto.FLOAT]
         warnings.append(
-            f"{' and '.join(converted)} are computed as float32: weights were converted, and the float inputs and outputs "
-            f"of the module are float32 (inputs: {inputs or 'none'})"
+            f"{' and '.join(converted)} are computed as float32: weights were converted, and the module takes and "
+            f"returns float32 (inputs: {', '.join(map(repr, floats)) or 'none'})"
         )
-    _check_types(model)
+    check_types(model)
     _name_nodes(model.graph)
-    warnings += _odd_weights(model.graph)
+    warnings += odd_weights(model.graph)
     inputs = tuple(
         TensorSpec(v.name, shapes[v.name], str(onnx.helper.tensor_dtype_to_np_dtype(v.type.tensor_type.elem_type)))
         for v in model.graph.input
     )
     outputs = tuple(o.name for o in model.graph.output)
     return PreparedOnnx(model, inputs, outputs, sha256, name, opset_of(model), tuple(warnings))
-
-
-def _check_types(model: Any) -> None:
-    typed = [(f"input '{v.name}'", v.type.tensor_type.elem_type) for v in model.graph.input]
-    typed += [(f"weight '{t.name}'", t.data_type) for t in model.graph.initializer]
-    odd = [f"{what} is {TensorProto.DataType.Name(t).lower()}" for what, t in typed if t not in _TYPES]
-    # A quantised model is better described by its operators, which the importer lists.
-    if odd and not any(quantised(node.op_type) for node in model.graph.node):
-        more = f" and {len(odd) - 5} more" if len(odd) > 5 else ""
-        raise UnsupportedModel(f"{', '.join(odd[:5])}{more}: this type is not supported; export the model in float32")
-
-
-def quantised(op_type: str) -> bool:
-    """Whether an operator belongs to a quantised network."""
-    return op_type in ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear") or (
-        op_type.startswith("QLinear") or op_type.endswith(("Integer", "Integer16"))
-    )
 
 
 def _name_nodes(graph: Any) -> None:
@@ -163,25 +146,6 @@ def _name_nodes(graph: Any) -> None:
         node.name = name
 
 
-def _odd_weights(graph: Any) -> Iterator[str]:
-    """A warning for each weight that holds NaN or infinity."""
-    readers: dict[str, list[Any]] = {}
-    for node in graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
-    for tensor in graph.initializer:
-        if tensor.data_type != TensorProto.FLOAT:
-            continue
-        array = numpy_helper.to_array(tensor)
-        if np.isfinite(array).all():
-            continue
-        nan, inf = int(np.isnan(array).sum()), int(np.isinf(array).sum())
-        users = [n for n in readers.get(tensor.name, []) if nan or n.op_type not in _BOUNDS]
-        if users:
-            where = ", ".join(f"{n.op_type} node '{n.name}'" for n in users[:3])
-            yield f"{where}: weight '{tensor.name}' holds {nan} NaN and {inf} infinite of {array.size} values"
-
-
 def load_model(
     source: str | os.PathLike[str] | bytes | Any,
     *,
@@ -197,8 +161,8 @@ def load_model(
     from .onnx_to_relax import convert
 
     mod, results = convert(prepared.model, prepared.opset)
-    outputs = tuple(TensorSpec(name, shape, dtype) for name, (shape, dtype) in zip(prepared.outputs, results, strict=True))
     p = prepared
+    outputs = tuple(TensorSpec(name, *result) for name, result in zip(p.outputs, results, strict=True))
     return ImportedModel(mod, p.inputs, outputs, p.sha256, p.name, p.opset, p.warnings)
 
 

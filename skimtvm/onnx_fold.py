@@ -21,16 +21,19 @@ from .onnx_read import one_line, opset_of, skeleton, subgraphs
 
 FOLD_BYTES = 1 << 30  # a constant larger than this is left to be computed at run time
 _ROUNDS = 30
-_ANY_FLOAT = {TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE}
 
 # Results of these are not a function of their inputs, or are not one tensor.
 _NEVER = frozenset(
-    "RandomNormal RandomUniform RandomNormalLike RandomUniformLike Multinomial Bernoulli If Loop Scan SequenceMap "
-    "Optional OptionalGetElement OptionalHasElement SequenceEmpty SequenceConstruct SequenceInsert SequenceErase "
-    "SequenceAt SequenceLength SplitToSequence ConcatFromSequence StringNormalizer TfIdfVectorizer ImageDecoder".split()
+    "RandomNormal,RandomUniform,RandomNormalLike,RandomUniformLike,Multinomial,Bernoulli,If,Loop,Scan,SequenceMap,"
+    "Optional,OptionalGetElement,OptionalHasElement,SequenceEmpty,SequenceConstruct,SequenceInsert,SequenceErase,"
+    "SequenceAt,SequenceLength,SplitToSequence,ConcatFromSequence,StringNormalizer,TfIdfVectorizer,"
+    "ImageDecoder".split(",")  # noqa: SIM905
 )
 # The output of these may be far larger than their inputs: they fold only where its size is known beforehand.
-_GROWING = frozenset("ConstantOfShape Expand Tile Range Pad Resize Upsample OneHot EyeLike CenterCropPad Einsum".split())
+_GROWING = frozenset(
+    "ConstantOfShape,Expand,Tile,Range,Pad,Resize,Upsample,OneHot,EyeLike,CenterCropPad,Einsum,"
+    "MatMul,Gemm,Conv".split(",")  # noqa: SIM905
+)
 # Before opset 13 these work on a 2-D view, which the reference implementation does not model.
 _SINCE_13 = frozenset(("Softmax", "LogSoftmax", "Hardmax"))
 
@@ -384,37 +387,3 @@ def fold(model: Any, *, shapes: bool = True) -> dict[str, TypeShape]:
         if not changed:
             break
     return types
-
-
-def to_float32(model: Any) -> tuple[str, ...]:
-    """Replace float16, bfloat16 and float64 by float32 throughout; returns the names of the types that were there."""
-    found: set[int] = set()
-    _graph_to_float32(model.graph, found)
-    return tuple(sorted(TensorProto.DataType.Name(t).lower() for t in found))
-
-
-def _tensor_to_float32(tensor: Any, found: set[int]) -> None:
-    if tensor.data_type in _ANY_FLOAT:
-        found.add(tensor.data_type)
-        with np.errstate(over="ignore"):
-            array = numpy_helper.to_array(tensor).astype(np.float32)
-        tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
-
-
-def _graph_to_float32(graph: Any, found: set[int]) -> None:
-    del graph.value_info[:]
-    for value in (*graph.input, *graph.output):
-        if value.type.tensor_type.elem_type in _ANY_FLOAT:
-            found.add(value.type.tensor_type.elem_type)
-            value.type.tensor_type.elem_type = TensorProto.FLOAT
-    for tensor in graph.initializer:
-        _tensor_to_float32(tensor, found)
-    for node in graph.node:
-        for attr in node.attribute:
-            if attr.HasField("t"):
-                _tensor_to_float32(attr.t, found)
-            if attr.name in ("to", "dtype", "output_dtype") and attr.i in _ANY_FLOAT:
-                found.add(attr.i)
-                attr.i = TensorProto.FLOAT
-        for sub in subgraphs(node):
-            _graph_to_float32(sub, found)

@@ -57,7 +57,7 @@ def _node_tensors(nodes: Any) -> Iterator[Any]:
 
 
 def tensors(model: Any) -> Iterator[Any]:
-    """Every TensorProto of the model: initializers, sparse initializers and attributes, subgraphs and functions included."""
+    """Every TensorProto of the model: initializers, sparse ones, and attributes, in subgraphs and functions too."""
     for graph in graphs(model.graph):
         yield from graph.initializer
         for sparse in graph.sparse_initializer:
@@ -120,7 +120,9 @@ def _parse(data: bytes, where: str) -> Any:
             f"{where}: is not an ONNX model, or is truncated (protobuf cannot decode it); export or copy it again"
         ) from None
     if not model.HasField("graph") or not (model.graph.node or model.graph.output):
-        raise InvalidModel(f"{where}: is not an ONNX model, or is truncated: it holds no graph; export or copy it again")
+        raise InvalidModel(
+            f"{where}: is not an ONNX model, or is truncated: it holds no graph; export or copy it again"
+        )
     return model
 
 
@@ -151,7 +153,9 @@ def _number(tensor: Any, entries: dict[str, str], key: str) -> int | None:
     except ValueError:
         value = -1
     if value < 0:
-        raise InvalidModel(f"tensor '{tensor.name}': external data {key} '{one_line(entries[key], 40)}' is not a count of bytes")
+        raise InvalidModel(
+            f"tensor '{tensor.name}': external data {key} '{one_line(entries[key], 40)}' is not a count of bytes"
+        )
     return value
 
 
@@ -160,8 +164,8 @@ def _load_external(tensor: Any, base: Path | None, files: dict[Path, BinaryIO], 
     location = entries.get("location", "")
     if base is None:
         raise InvalidModel(
-            f"tensor '{tensor.name}': its data are in the external file '{one_line(location, 120)}', which a model given "
-            "as bytes or ModelProto does not locate; pass the path of the .onnx file"
+            f"tensor '{tensor.name}': its data are in the external file '{one_line(location, 120)}', which a model "
+            "given as bytes or ModelProto does not locate; pass the path of the .onnx file"
         )
     path = _inside(base, tensor, location)
     offset = _number(tensor, entries, "offset") or 0
@@ -171,7 +175,8 @@ def _load_external(tensor: Any, base: Path | None, files: dict[Path, BinaryIO], 
     length = _number(tensor, entries, "length")
     if length is not None and length != expected:
         raise InvalidModel(
-            f"tensor '{tensor.name}': its shape needs {expected} bytes but the model says that {length} are in '{location}'"
+            f"tensor '{tensor.name}': its shape needs {expected} bytes, but the model says that {length} are in "
+            f"'{location}'; save the model again"
         )
     try:
         if path not in files:
@@ -180,13 +185,15 @@ def _load_external(tensor: Any, base: Path | None, files: dict[Path, BinaryIO], 
         size = os.fstat(file.fileno()).st_size
         if offset + expected > size:
             raise InvalidModel(
-                f"tensor '{tensor.name}': external file '{location}' is truncated: {offset + expected} bytes are needed "
-                f"and it has {size}; copy it again"
+                f"tensor '{tensor.name}': external file '{location}' is truncated: it has {size} bytes and "
+                f"{offset + expected} are needed; copy it again"
             )
         file.seek(offset)
         data = file.read(expected)
     except OSError as err:
-        raise InvalidModel(f"tensor '{tensor.name}': cannot read '{location}': {one_line(err.strerror or err)}") from None
+        raise InvalidModel(
+            f"tensor '{tensor.name}': cannot read '{location}': {one_line(err.strerror or err)}"
+        ) from None
     if len(data) != expected:
         raise InvalidModel(f"tensor '{tensor.name}': external file '{location}' changed while it was read; try again")
     digest.update(data)
@@ -210,17 +217,32 @@ def load_external_data(model: Any, base: Path | None, digest: Any) -> None:
             file.close()
 
 
+def _typed_elements(tensor: Any) -> int:
+    """Elements in the typed field of a tensor without raw_data."""
+    if tensor.data_type in (TensorProto.COMPLEX64, TensorProto.COMPLEX128):
+        return max(len(tensor.float_data), len(tensor.double_data)) // 2
+    fields = (tensor.float_data, tensor.int32_data, tensor.int64_data, tensor.double_data, tensor.uint64_data)
+    return max(*map(len, fields), len(tensor.string_data))
+
+
 def check_tensor_sizes(model: Any) -> None:
-    """Raise InvalidModel where a tensor holds another number of bytes than its shape needs."""
+    """Raise InvalidModel where a tensor holds another number of elements than its shape needs."""
     for tensor in tensors(model):
-        expected = _expected_bytes(tensor)
+        what = f"tensor '{tensor.name}': shape {one_line(list(tensor.dims), 80)}"
         if any(d < 0 for d in tensor.dims):
-            raise InvalidModel(f"tensor '{tensor.name}': has a negative dimension: {list(tensor.dims)}")
-        if tensor.HasField("raw_data") and expected is not None and len(tensor.raw_data) != expected:
-            raise InvalidModel(
-                f"tensor '{tensor.name}': shape {list(tensor.dims)} needs {expected} bytes but the model holds "
-                f"{len(tensor.raw_data)}; the file is damaged, export it again"
-            )
+            raise InvalidModel(f"{what} has a negative dimension; the file is damaged, export it again")
+        bits, count = element_bits(tensor.data_type), math.prod(tensor.dims)
+        need, have, unit = count, 0, "elements"
+        if bits is None and tensor.data_type != TensorProto.STRING:
+            raise InvalidModel(f"{what} has unknown element type {tensor.data_type}; the file is damaged, export it again")
+        if tensor.HasField("raw_data") and bits is not None:
+            need, have, unit = (count * bits + 7) // 8, len(tensor.raw_data), "bytes"
+        else:
+            have = _typed_elements(tensor)
+            if bits is not None and bits < 8:
+                need = -(-count // (8 // bits))
+        if have != need:
+            raise InvalidModel(f"{what} needs {need} {unit} but the model holds {have}; the file is damaged, export it again")
 
 
 def skeleton(model: Any, *, with_value_info: bool = False) -> Any:
@@ -254,11 +276,16 @@ def _check(model: Any, where: str) -> None:
     opset, newest = opset_of(model), onnx.defs.onnx_opset_version()
     if opset == 0:
         if model.opset_import:
-            raise UnsupportedModel(f"{where}: imports no operator set of ONNX itself; export it with opset {MIN_OPSET} or newer")
-        raise InvalidModel(f"{where}: names no operator set (opset_import), it may be truncated; export or copy it again")
+            raise UnsupportedModel(
+                f"{where}: imports no operator set of ONNX itself; export it with opset {MIN_OPSET} or newer"
+            )
+        raise InvalidModel(
+            f"{where}: names no operator set (opset_import), it may be truncated; export or copy it again"
+        )
     if opset < MIN_OPSET:
         raise UnsupportedModel(
-            f"{where}: opset {opset} is older than {MIN_OPSET}; convert it with onnx.version_converter.convert_version(model, 13)"
+            f"{where}: opset {opset} is older than {MIN_OPSET}; convert it with "
+            "onnx.version_converter.convert_version(model, 13)"
         )
     if opset > newest:
         raise UnsupportedModel(

@@ -45,7 +45,9 @@ def _dimension(name: str, k: int, value: Any) -> int:
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise InvalidOption(f"input shape of '{name}': dimension {k} is {value!r}; give a whole number of at least 1")
     if int(value) < 1:
-        raise InvalidOption(f"input shape of '{name}': dimension {k} is {int(value)}; every dimension must be at least 1")
+        raise InvalidOption(
+            f"input shape of '{name}': dimension {k} is {int(value)}; every dimension must be at least 1"
+        )
     return int(value)
 
 
@@ -71,7 +73,9 @@ class _Binding:
     def explicit(self, shapes: Mapping[str, Sequence[int]]) -> None:
         for name, shape in shapes.items():
             if name not in self.declared:
-                raise InvalidOption(f"input shape given for '{name}', but the inputs of the model are {_listing(self.declared)}")
+                raise InvalidOption(
+                    f"input shape given for '{name}', but the inputs of the model are {_listing(self.declared)}"
+                )
             if isinstance(shape, (str, bytes)) or not isinstance(shape, Sequence):
                 raise InvalidOption(f"input shape of '{name}' is {shape!r}; give one whole number a dimension")
             values = [_dimension(name, k, v) for k, v in enumerate(shape)]
@@ -80,7 +84,8 @@ class _Binding:
                 self.shapes[name] = [None] * len(values)
             elif len(declared) != len(values):
                 raise InvalidOption(
-                    f"input shape of '{name}' has {len(values)} dimensions, but the model declares {len(declared)}: {_show(declared)}"
+                    f"input shape of '{name}' has {len(values)} dimensions, but the model declares {len(declared)}: "
+                    f"{_show(declared)}; give one number for each"
                 )
             for k, value in enumerate(values):
                 self.set(name, k, value, f"input shape of '{name}'")
@@ -93,7 +98,7 @@ class _Binding:
                 continue
             if name in given and dims[0] != int(batch):
                 raise InvalidOption(
-                    f"batch is {int(batch)}, but the input shape of '{name}' begins with {dims[0]}; give the same value for both"
+                    f"batch is {int(batch)}, but the input shape of '{name}' begins with {dims[0]}; give the same value"
                 )
             self.set(name, 0, int(batch), "batch")
 
@@ -111,7 +116,9 @@ class _Binding:
             if open_dims:
                 listed = ", ".join(f"{k}" + (f" ({full[k]})" if full[k] else "") for k in open_dims)
                 problems.append(f"input '{name}' {_show(full)}: dimension {listed} has no value")
-                guess = [str(d) if isinstance(d, int) else "1" if k == 0 else f"<{d or f'd{k}'}>" for k, d in enumerate(full)]
+                guess = [
+                    str(d) if isinstance(d, int) else "1" if k == 0 else f"<{d or f'd{k}'}>" for k, d in enumerate(full)
+                ]
                 remedies.append(f"--input-shape {name}={','.join(guess)}")
                 only_batch &= open_dims == [0]
             elif 0 in full:
@@ -138,7 +145,9 @@ def resolve_inputs(
     for value in model.graph.input:
         if not value.type.HasField("tensor_type"):
             kind = value.type.WhichOneof("value") or "no type"
-            raise UnsupportedModel(f"input '{value.name}' is not a tensor ({kind.replace('_type', '')}); export it with tensor inputs")
+            raise UnsupportedModel(
+                f"input '{value.name}' is not a tensor ({kind.replace('_type', '')}); export it with tensor inputs"
+            )
         inputs[value.name] = declared_dims(value)
     given = input_shapes or {}
     binding = _Binding(inputs)
@@ -196,7 +205,7 @@ def change_batch(model: Any, shapes: Mapping[str, Sequence[int]], old: int, new:
         k = _SHAPE_INPUT.get(node.op_type) if node.op_type != "Resize" else 3
         if k is None or len(node.input) <= k or node.input[k] not in initial:
             continue
-        _retarget(model, node, k, initial, fresh, known, old, new)
+        _retarget(model, node, k, initial, fresh, known, (old, new))
     _verify_batch(model, known, old, new)
 
 
@@ -210,8 +219,9 @@ def _label(node: Any) -> str:
 
 def _retarget(
     model: Any, node: Any, k: int, initial: dict[str, Any], fresh: dict[str, str],
-    known: Mapping[str, TypeShape], old: int, new: int,
+    known: Mapping[str, TypeShape], change: tuple[int, int],
 ) -> None:  # fmt: skip
+    old, new = change
     source, result = (known.get(n, (0, None))[1] for n in (node.input[0], node.output[0]))
     target = numpy_helper.to_array(initial[node.input[k]]).copy()
     if source is None or result is None or not target.size or node.input[0] in initial:
@@ -252,4 +262,6 @@ def _verify_batch(model: Any, known: Mapping[str, TypeShape], old: int, new: int
         if was is None or shape is None:
             continue  # the importer checks that every shape is static
         if not was or was[0] != old or shape != (new, *was[1:]):
-            raise _stuck(f"output '{value.name}' {_show(was)} would become {_show(shape)} instead of growing with the batch", new)
+            raise _stuck(
+                f"output '{value.name}' {_show(was)} would become {_show(shape)} instead of growing with the batch", new
+            )

@@ -15,15 +15,11 @@ from tvm.relax.expr_functor import PyExprMutator, mutator
 from tvm.relax.frontend.onnx import onnx_frontend
 
 from .errors import SkimError, UnsupportedModel
-from .importer import quantised
 from .onnx_read import graphs, one_line
+from .onnx_types import quantised
 
-ANCHORS = frozenset(
-    "relax." + name
-    for name in (
-        "matmul nn.conv1d nn.conv2d nn.conv3d nn.conv1d_transpose nn.conv2d_transpose nn.conv3d_transpose".split()
-    )
-)
+_CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "conv1d_transpose", "conv2d_transpose", "conv3d_transpose")
+ANCHORS = frozenset(("relax.matmul", *(f"relax.nn.{name}" for name in _CONVOLUTIONS)))
 _LISTED = 10
 
 
@@ -47,7 +43,9 @@ def check_operators(model: Any, opset: int) -> None:
             if not custom and node.op_type in known and not quantised(node.op_type):
                 continue
             op = f"{node.domain}.{node.op_type}" if custom else node.op_type
-            version = next((o.version for o in model.opset_import if o.domain == node.domain), opset) if custom else opset
+            version = (
+                next((o.version for o in model.opset_import if o.domain == node.domain), opset) if custom else opset
+            )
             bad.append(f"{op} (node '{node.name}', opset {version})")
             if quantised(node.op_type):
                 hints.append("export the float32 model instead of the quantised one")
@@ -132,10 +130,12 @@ class _Importer(onnx_frontend.ONNXGraphImporter):
             shape = _static_shape(ty)
             if shape is None:
                 raise UnsupportedModel(
-                    f"{self.where}: the shape of its result depends on data; shapes must be known when the model is compiled"
+                    f"{self.where}: the shape of its result depends on data; compile a model whose shapes are fixed"
                 )
             if 0 in shape:
-                raise UnsupportedModel(f"{self.where}: its result is empty, shape {shape}; give inputs that are large enough")
+                raise UnsupportedModel(
+                    f"{self.where}: its result is empty, shape {shape}; give inputs that are large enough"
+                )
 
 
 @mutator
@@ -192,8 +192,10 @@ def convert(model: Any, opset: int) -> tuple[Any, list[tuple[tuple[int, ...], st
 
 def _check_main(main: Any) -> list[tuple[tuple[int, ...], str]]:
     blocks = list(main.body.blocks)
+    if not blocks:
+        raise UnsupportedModel("model: every output is an input or a constant, so there is nothing to compile")
     if len(blocks) != 1 or not isinstance(blocks[0], relax.DataflowBlock):
-        raise UnsupportedModel("model: its graph is not one dataflow block; remove control flow and unused inputs before export")
+        raise UnsupportedModel("model: its graph is not one dataflow block; remove control flow before export")
     for binding in blocks[0].bindings:
         fields = binding.var.ty.fields if isinstance(binding.var.ty, relax.TupleType) else [binding.var.ty]
         if any(isinstance(ty, relax.TensorType) and _static_shape(ty) is None for ty in fields):
@@ -203,6 +205,8 @@ def _check_main(main: Any) -> list[tuple[tuple[int, ...], str]]:
     for k, ty in enumerate(fields):
         shape = _static_shape(ty)
         if not isinstance(ty, relax.TensorType) or shape is None:
-            raise UnsupportedModel(f"output {k} of the model is not a tensor of static shape; bind every input dimension")
+            raise UnsupportedModel(
+                f"output {k} of the model is not a tensor of static shape; bind every input dimension"
+            )
         results.append((shape, str(ty.dtype.dtype if hasattr(ty.dtype, "dtype") else ty.dtype)))
     return results

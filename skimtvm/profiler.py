@@ -46,11 +46,21 @@ class Timing:
 
 
 def measure(
-    functions: Mapping[str, Callable[[], object]], *, repeat: int = 20, warmup: int = 3, min_time: float = 0.0
+    functions: Mapping[str, Callable[[], object]],
+    *,
+    repeat: int = 20,
+    warmup: int = 3,
+    min_time: float = 0.0,
+    settle: float = 0.0,
 ) -> dict[str, Timing]:
     """Time each of ``functions`` by the protocol above: ``repeat`` rounds after ``warmup`` calls of each. A sample
-    takes at least ``min_time`` seconds, for which it calls a short function several times."""
-    if repeat < 1 or warmup < 0 or min_time < 0:
+    takes at least ``min_time`` seconds, for which it calls a short function several times.
+
+    ``settle``: when functions of different runtimes take turns, the idle threads of one go on spinning for
+    milliseconds and take the CPUs from the other. Then each sample waits so many seconds for them to sleep, and makes
+    one call that does not count.
+    """
+    if repeat < 1 or min(warmup, min_time, settle) < 0:
         raise InvalidOption(f"repeat={repeat}, warmup={warmup}, min_time={min_time}: repeat >= 1, the others >= 0")
     calls = {name: _warm_up(function, warmup, min_time) for name, function in functions.items()}
     samples: dict[str, list[float]] = {name: [] for name in functions}
@@ -60,6 +70,9 @@ def measure(
         for _ in range(repeat):
             for name, function in functions.items():
                 n = calls[name]
+                if settle:
+                    time.sleep(settle)
+                    function()
                 begin = time.perf_counter()
                 for _ in range(n):
                     function()

@@ -46,7 +46,9 @@ def seed_table(name: str) -> dict[str, float]:
     tables = json.loads((Path(__file__).parent / "data" / "seed_sparsity.json").read_text())["networks"]
     key = _TABLE_OF.get(name, name)
     if key not in tables:
-        raise InvalidOption(f"sparsity 'seed': network '{name}' has no table; choose one of {', '.join(sorted(tables))}")
+        raise InvalidOption(
+            f"sparsity 'seed': network '{name}' has no table; choose one of {', '.join(sorted(tables))}"
+        )
     return {_weight_of(key, layer): percent / 100 for layer, percent in tables[key]["layers"].items()}
 
 
@@ -112,14 +114,16 @@ def _kth_smallest(values: np.ndarray, k: int) -> Any:
     return np.partition(values, k)[k]
 
 
-def _load(name: str) -> Any:
+def _path(name: str) -> Path:
     path = Path(onnx.__file__).parent / "backend" / "test" / "data" / "light" / f"{NAMES[name]}.onnx"
     if not path.is_file():
-        raise EnvironmentProblem(f"network '{name}': {path.name} is not in this onnx package; install onnx with its backend tests")
-    return onnx.load(str(path))
+        raise EnvironmentProblem(f"network '{name}': this onnx package lacks {path.name}; reinstall onnx from PyPI")
+    return path
 
 
-def _options(name: str, sparsity: float | str | None, batch: int, pattern: str | None) -> tuple[float | dict[str, float], int]:
+def _options(
+    name: str, sparsity: float | str | None, batch: int, pattern: str | None
+) -> tuple[float | dict[str, float], int]:
     if name not in NAMES:
         raise InvalidOption(f"network '{name}' is unknown; choose one of {', '.join(sorted(NAMES))}")
     if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
@@ -154,7 +158,7 @@ def build(
     the same model. Layers are named after their weights. Raises InvalidOption for arguments that make no sense.
     """
     shares, rows = _options(name, sparsity, batch, pattern)
-    model = _load(name)
+    model = onnx.load(str(_path(name)))
     model.ir_version = max(4, model.ir_version)
     _Weights(model, np.random.default_rng(seed), shares, rows, keep_first).fill()
     if batch != 1:
@@ -172,7 +176,9 @@ def build(
 class _Weights:
     """Fills in the weights in graph order, with an estimate of the mean square of every activation."""
 
-    def __init__(self, model: Any, rng: np.random.Generator, shares: float | dict[str, float], rows: int, keep_first: bool):
+    def __init__(
+        self, model: Any, rng: np.random.Generator, shares: float | dict[str, float], rows: int, keep_first: bool
+    ):
         self.model, self.graph, self.rng = model, model.graph, rng
         self.shares, self.rows, self.keep_first = shares, rows, keep_first
         self.types = infer(model)
@@ -287,7 +293,18 @@ class _Weights:
             self.relu[node.output[0]] = 1 - (0.3 if node.op_type != "Concat" else 0.5) * rest / total
 
 
-_KEEP_SIGN = ("MaxPool", "AveragePool", "GlobalAveragePool", "Concat", "Sum", "Add", "LRN", "Dropout", "Reshape", "Transpose")
+_KEEP_SIGN = (
+    "MaxPool",
+    "AveragePool",
+    "GlobalAveragePool",
+    "Concat",
+    "Sum",
+    "Add",
+    "LRN",
+    "Dropout",
+    "Reshape",
+    "Transpose",
+)
 # Mean square of the output over that of the input, for activations of a random network.
 _GAIN = {"MaxPool": 2.0, "AveragePool": 0.75, "GlobalAveragePool": 0.7}
 

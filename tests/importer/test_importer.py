@@ -111,7 +111,9 @@ def test_path_bytes_and_proto_give_the_same_model(tmp_path):
     assert a.sha256 == b.sha256 == c.sha256 and len(d.sha256) == 64
     assert a.model == c.model == d.model
     assert proto.SerializeToString(deterministic=True) == before
-    assert a.opset == 13 and a.inputs[0].shape == (1, 3, 8, 8) and a.inputs[0].dtype == "float32" and a.outputs == ("y",)
+    assert (
+        a.opset == 13 and a.inputs[0].shape == (1, 3, 8, 8) and a.inputs[0].dtype == "float32" and a.outputs == ("y",)
+    )
 
 
 def test_weights_change_the_digest_of_a_proto():
@@ -179,7 +181,10 @@ def test_old_attribute_forms_fold(opset):
         h.make_node("Mul", ["x", "s3"], ["m"]),
         h.make_node("Add", ["m", "s3"], ["y"]),
     ]
-    assert ops(importer.prepare_onnx(model(nodes, {"x": [1, 3, 4, 4]}, {"y": None}, {"s": f32(3)}, opset))) == ["Mul", "Add"]
+    assert ops(importer.prepare_onnx(model(nodes, {"x": [1, 3, 4, 4]}, {"y": None}, {"s": f32(3)}, opset))) == [
+        "Mul",
+        "Add",
+    ]
 
 
 def test_sparse_initializer_becomes_dense():
@@ -250,6 +255,11 @@ def test_dead_nodes_identities_and_unused_outputs_go():
     same_numbers(proto)
 
 
+def test_constant_output_beside_a_computed_one():
+    nodes = [h.make_node("Identity", ["k"], ["y"]), h.make_node("Relu", ["x"], ["z"])]
+    same_numbers(model(nodes, {"x": [2, 3]}, {"y": [2], "z": [2, 3]}, {"k": f32(2)}))
+
+
 def test_two_names_for_one_output_and_a_passed_through_input():
     nodes = [h.make_node("Relu", ["x"], ["r"]), h.make_node("Identity", ["r"], ["a"]), h.make_node("Identity", ["r"], ["b"]),
              h.make_node("Identity", ["x"], ["c"]), h.make_node("Exp", ["r"], ["d"])]  # fmt: skip
@@ -261,14 +271,18 @@ def test_two_names_for_one_output_and_a_passed_through_input():
 
 def test_a_network_of_nothing():
     proto = model([h.make_node("Identity", ["x"], ["y"])], {"x": [2, 3]}, {"y": [2, 3]})
-    same_numbers(proto)
-    proto = model([h.make_node("Identity", ["k"], ["y"])], {"x": [2, 3]}, {"y": [2]}, {"k": f32(2)})
-    same_numbers(proto)
+    with pytest.raises(UnsupportedModel) as err:
+        importer.load_model(proto)
+    one_line(err, "nothing to compile")
 
 
 def test_local_functions_are_inlined():
-    function = h.make_function("my", "Twice", ["a"], ["b"], [h.make_node("Add", ["a", "a"], ["b"])], [h.make_opsetid("", 17)])
-    proto = model([h.make_node("Twice", ["x"], ["y"], domain="my")], {"x": [2]}, {"y": [2]}, domains=["my"], functions=[function])
+    function = h.make_function(
+        "my", "Twice", ["a"], ["b"], [h.make_node("Add", ["a", "a"], ["b"])], [h.make_opsetid("", 17)]
+    )
+    proto = model(
+        [h.make_node("Twice", ["x"], ["y"], domain="my")], {"x": [2]}, {"y": [2]}, domains=["my"], functions=[function]
+    )
     assert ops(importer.prepare_onnx(proto)) == ["Add"]
 
 
@@ -358,7 +372,9 @@ def test_batch_merged_into_another_dimension_is_refused():
     with pytest.raises(UnsupportedModel) as err:
         importer.prepare_onnx(proto, batch=2)
     one_line(err, "batch 2", "'merge'", "dynamic batch")
-    reduced = model([h.make_node("ReduceMean", ["x"], ["y"], axes=[0], keepdims=0)], {"x": [1, 4]}, {"y": [4]}, opset=13)
+    reduced = model(
+        [h.make_node("ReduceMean", ["x"], ["y"], axes=[0], keepdims=0)], {"x": [1, 4]}, {"y": [4]}, opset=13
+    )
     with pytest.raises(UnsupportedModel) as err:
         importer.prepare_onnx(reduced, batch=2)
     one_line(err, "output 'y' (4)")
@@ -444,7 +460,7 @@ def test_external_data_through_links_is_refused(tmp_path):
 
 
 def test_external_data_missing_truncated_or_inconsistent(tmp_path):
-    cases = [(dict(location="gone.data"), "no such file"), (dict(offset=400), "truncated"), (dict(length=8), "8 are in"),
+    cases = [(dict(location="gone.data"), "no such file"), (dict(offset=400), "truncated"), (dict(length=8), "8 are in 'net.data'"),
              (dict(offset=-1), "offset '-1'"), (dict(length="many"), "length 'many'")]  # fmt: skip
     for entries, part in cases:
         with pytest.raises(InvalidModel) as err:
@@ -520,6 +536,16 @@ def test_rules_of_onnx():
     with pytest.raises(InvalidModel) as err:
         importer.prepare_onnx(short)
     one_line(err, "tensor 'w'", "6912 bytes", "holds 10")
+    typed = one_conv(init={"w": W})
+    typed.graph.initializer[0].ClearField("raw_data")
+    typed.graph.initializer[0].float_data.extend([1.0] * 5)
+    with pytest.raises(InvalidModel) as err:
+        importer.prepare_onnx(typed)
+    one_line(err, "108 elements", "holds 5")
+    garbled = cnn().SerializeToString().replace(b"conv_a", b"co\xff\xfe_a")
+    with pytest.raises(InvalidModel) as err:
+        importer.prepare_onnx(garbled)
+    one_line(err, "UTF-8")
     unknown = model([h.make_node("NoSuchOp", ["x"], ["y"])], {"x": [1]}, {"y": [1]})
     with pytest.raises(InvalidModel) as err:
         importer.prepare_onnx(unknown)
@@ -602,7 +628,9 @@ def test_strings_are_refused():
 
 
 def test_all_unsupported_operators_are_listed_at_once():
-    body = h.make_graph([h.make_node("Det", ["m"], ["d"], name="inner")], "b", [], [h.make_tensor_value_info("d", TP.FLOAT, None)])
+    body = h.make_graph(
+        [h.make_node("Det", ["m"], ["d"], name="inner")], "b", [], [h.make_tensor_value_info("d", TP.FLOAT, None)]
+    )
     nodes = [
         h.make_node("Det", ["m"], ["p"], name="det1"),
         h.make_node("FusedThing", ["p"], ["q"], name="fused", domain="com.example"),
@@ -612,8 +640,16 @@ def test_all_unsupported_operators_are_listed_at_once():
     inputs = {"m": [2, 2], "c": h.make_tensor_value_info("c", TP.BOOL, [1])}
     with pytest.raises(UnsupportedModel) as err:
         importer.load_model(model(nodes, inputs, {"y": None}, domains=["com.example"]))
-    one_line(err, "Det (node 'det1', opset 17)", "com.example.FusedThing (node 'fused', opset 1)", "If (node 'choice'", "Det (node ")
-    many = [h.make_node("Det", ["m"], [f"d{k}"]) for k in range(14)] + [h.make_node("Sum", [f"d{k}" for k in range(14)], ["y"])]
+    one_line(
+        err,
+        "Det (node 'det1', opset 17)",
+        "com.example.FusedThing (node 'fused', opset 1)",
+        "If (node 'choice'",
+        "Det (node ",
+    )
+    many = [h.make_node("Det", ["m"], [f"d{k}"]) for k in range(14)] + [
+        h.make_node("Sum", [f"d{k}" for k in range(14)], ["y"])
+    ]
     with pytest.raises(UnsupportedModel) as err:
         importer.load_model(model(many, {"m": [2, 2]}, {"y": None}))
     one_line(err, "(node 'd9', opset 17) and 4 more")
@@ -663,7 +699,11 @@ def test_layer_names_survive_passes():
     proto.graph.node[4].name = "conv_a"  # the name of another node: both go by their first output
     mod = importer.load_model(proto).mod
     assert [importer.layer_name(c) for c in anchors(mod)] == ["c1", "c2", "fc"]
-    for step in (relax.transform.CanonicalizeBindings(), relax.transform.FoldConstant(), relax.transform.DeadCodeElimination(["main"])):
+    for step in (
+        relax.transform.CanonicalizeBindings(),
+        relax.transform.FoldConstant(),
+        relax.transform.DeadCodeElimination(["main"]),
+    ):
         mod = step(mod)
         assert [importer.layer_name(c) for c in anchors(mod)] == ["c1", "c2", "fc"]
     from tvm.ir import GenericConst
@@ -724,7 +764,10 @@ def test_layer_name_of_other_calls():
 @pytest.mark.parametrize(
     ("versions", "parts"),
     [
-        ({"apache-tvm-ffi": "0.1.15.post1"}, ["apache-tvm-ffi 0.1.15.post1", 'pip install "apache-tvm-ffi==0.1.14.post1"']),
+        (
+            {"apache-tvm-ffi": "0.1.15.post1"},
+            ["apache-tvm-ffi 0.1.15.post1", 'pip install "apache-tvm-ffi==0.1.14.post1"'],
+        ),
         ({"apache-tvm-ffi": "0.1.140"}, ["apache-tvm-ffi 0.1.140"]),
         ({"apache-tvm": "0.28.0"}, ["apache-tvm 0.28.0", "apache-tvm==0.27.0.post1"]),
         ({"apache-tvm-ffi": None}, ["apache-tvm-ffi is not installed"]),

@@ -20,6 +20,12 @@ def test_measure_interleaves():
     assert [len(t.samples) for t in times.values()] == [3, 3]
 
 
+def test_measure_settles_with_a_call_that_does_not_count():
+    calls = []
+    times = measure({"a": lambda: calls.append(0)}, repeat=3, warmup=0, settle=0.001)
+    assert len(calls) == 6 and len(times["a"].samples) == 3
+
+
 def test_measure_fills_min_time():
     calls = []
     times = measure({"a": lambda: calls.append(0)}, repeat=2, warmup=0, min_time=0.002)
