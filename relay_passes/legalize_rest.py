@@ -34,6 +34,9 @@ def legalize_rest(target: CpuTarget) -> tvm.transform.Pass:
             relax.transform.FuseOps(),
             relax.transform.FuseTIR(),
             relax.transform.DeadCodeElimination(),
+            WrapKernels(),
+            relax.transform.RewriteDataflowReshape(),  # reshapes that nothing fused with become views
+            relax.transform.DeadCodeElimination(),
             ScheduleRest(target),
         ]
     )

@@ -234,7 +234,9 @@ def check_tensor_sizes(model: Any) -> None:
         bits, count = element_bits(tensor.data_type), math.prod(tensor.dims)
         need, have, unit = count, 0, "elements"
         if bits is None and tensor.data_type != TensorProto.STRING:
-            raise InvalidModel(f"{what} has unknown element type {tensor.data_type}; the file is damaged, export it again")
+            raise InvalidModel(
+                f"{what} has unknown element type {tensor.data_type}; the file is damaged, export it again"
+            )
         if tensor.HasField("raw_data") and bits is not None:
             need, have, unit = (count * bits + 7) // 8, len(tensor.raw_data), "bytes"
         else:
@@ -242,7 +244,9 @@ def check_tensor_sizes(model: Any) -> None:
             if bits is not None and bits < 8:
                 need = -(-count // (8 // bits))
         if have != need:
-            raise InvalidModel(f"{what} needs {need} {unit} but the model holds {have}; the file is damaged, export it again")
+            raise InvalidModel(
+                f"{what} needs {need} {unit} but the model holds {have}; the file is damaged, export it again"
+            )
 
 
 def skeleton(model: Any, *, with_value_info: bool = False) -> Any:

@@ -57,7 +57,8 @@ def _graph_to_float32(graph: Any, found: set[int]) -> None:
 def check_types(model: Any) -> None:
     typed = [(f"input '{v.name}'", v.type.tensor_type.elem_type) for v in model.graph.input]
     typed += [(f"weight '{t.name}'", t.data_type) for t in model.graph.initializer]
-    odd = [f"{what} is {TensorProto.DataType.Name(t).lower()}" for what, t in typed if t not in _TYPES]
+    names = {number: name.lower() for name, number in TensorProto.DataType.items()}
+    odd = [f"{what} is {names.get(t, f'of unknown type {t}')}" for what, t in typed if t not in _TYPES]
     # A quantised model is better described by its operators, which the importer lists.
     if odd and not any(quantised(node.op_type) for node in model.graph.node):
         more = f" and {len(odd) - 5} more" if len(odd) > 5 else ""

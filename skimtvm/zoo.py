@@ -102,7 +102,7 @@ def _smallest(magnitude: np.ndarray, sparsity: float) -> np.ndarray:
 
 
 def _kth_smallest(values: np.ndarray, k: int) -> Any:
-    """Entry k of the sorted ``values`` (1-D); a sample brackets it first, which is several times faster than partition."""
+    """Entry k of the sorted ``values`` (1-D); a sample brackets it first, which is much faster than partition."""
     if values.size > 1 << 20:
         sample = np.sort(values[:: values.size >> 18])
         at = k * sample.size // values.size
@@ -282,7 +282,7 @@ class _Weights:
         return square * (self.relu.get(inputs[0], 0.5) if op == "Relu" else _GAIN.get(op, 1.0))
 
     def _track_sign(self, node: Any) -> None:
-        """A Relu halves the mean square of a symmetric value, leaves a positive one, and takes little from their sum."""
+        """A Relu halves the mean square of a symmetric value, leaves a positive one, takes little from their sum."""
         inputs = [i for i in node.input if i in self.square]
         positive = [i for i in inputs if self.relu.get(i) == 1.0]
         if node.op_type == "Relu" or (node.op_type in _KEEP_SIGN and len(positive) == len(inputs)):

@@ -127,7 +127,7 @@ def newest():
     return onnx.defs.onnx_opset_version()
 
 
-@pytest.mark.parametrize("opset", sorted({7, 8, 9, 10, 11, 12, 13, 14, 15, 17, 18, 19, 21, 23, 25, newest()}))
+@pytest.mark.parametrize("opset", sorted({7, 9, 11, 13, 17, 21, newest()}))
 def test_opsets_agree_with_onnxruntime(opset):
     if opset > newest():
         pytest.skip("this onnx is older")
@@ -163,7 +163,7 @@ WEIGHT_CHAINS = {
 def test_constant_weights_fold(chain):
     init = {"k": W, "k_flat": W.reshape(-1), "shape": np.array(W.shape), "k_t": W.transpose(2, 3, 1, 0).copy(),
             "k_half": W.astype(np.float16), "zero": np.array([0]), "two": np.float32(2).reshape(1),
-            "k_int": np.arange(-54, 54, dtype=np.int8).reshape(W.shape), "scale": np.array(0.1, np.float32)}  # fmt: skip
+            "k_int": np.arange(-54, 54, dtype=np.int8).reshape(W.shape), "scale": np.float32(0.1)}  # fmt: skip
     used = {i for n in WEIGHT_CHAINS[chain] for i in n.input}
     proto = one_conv(WEIGHT_CHAINS[chain], init={k: v for k, v in init.items() if k in used})
     got = importer.prepare_onnx(proto)
@@ -261,8 +261,9 @@ def test_constant_output_beside_a_computed_one():
 
 
 def test_two_names_for_one_output_and_a_passed_through_input():
-    nodes = [h.make_node("Relu", ["x"], ["r"]), h.make_node("Identity", ["r"], ["a"]), h.make_node("Identity", ["r"], ["b"]),
-             h.make_node("Identity", ["x"], ["c"]), h.make_node("Exp", ["r"], ["d"])]  # fmt: skip
+    nodes = [h.make_node("Relu", ["x"], ["r"]), h.make_node("Identity", ["r"], ["a"]),
+             h.make_node("Identity", ["r"], ["b"]), h.make_node("Identity", ["x"], ["c"]),
+             h.make_node("Exp", ["r"], ["d"])]  # fmt: skip
     proto = model(nodes, {"x": [2, 3]}, {k: [2, 3] for k in "abcd"})
     got = importer.load_model(proto)
     assert [s.name for s in got.outputs] == list("abcd")
@@ -460,7 +461,7 @@ def test_external_data_through_links_is_refused(tmp_path):
 
 
 def test_external_data_missing_truncated_or_inconsistent(tmp_path):
-    cases = [(dict(location="gone.data"), "no such file"), (dict(offset=400), "truncated"), (dict(length=8), "8 are in 'net.data'"),
+    cases = [(dict(location="gone.data"), "no such file"), (dict(offset=400), "truncated"), (dict(length=8), "8 are in"),
              (dict(offset=-1), "offset '-1'"), (dict(length="many"), "length 'many'")]  # fmt: skip
     for entries, part in cases:
         with pytest.raises(InvalidModel) as err:
@@ -665,8 +666,8 @@ def test_quantised_models_are_refused():
     with pytest.raises(UnsupportedModel) as err:
         importer.load_model(qlinear)
     one_line(err, "QLinearConv (node 'qconv'", "QuantizeLinear (node 'quant'", "DequantizeLinear", "float32 model")
-    integer = model([h.make_node("ConvInteger", ["x", "w"], ["y"])], {"x": h.make_tensor_value_info("x", TP.UINT8, [1, 3, 4, 4])},
-                    {}, {"w": init["w"]})  # fmt: skip
+    value = h.make_tensor_value_info("x", TP.UINT8, [1, 3, 4, 4])
+    integer = model([h.make_node("ConvInteger", ["x", "w"], ["y"])], {"x": value}, {}, {"w": init["w"]})
     integer.graph.output.append(h.make_tensor_value_info("y", TP.INT32, None))
     with pytest.raises(UnsupportedModel) as err:
         importer.load_model(integer)
