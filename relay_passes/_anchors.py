@@ -15,7 +15,11 @@ def is_anchor(graph: Graph, expr: Any) -> bool:
     """A conv2d, conv1d, conv2d_transpose or matmul with constant weights, in the layouts that the importer emits."""
     call = graph.get(expr)
     name = op_name(call)
-    if name not in ANCHORS or not is_const(call.args[1]) or dtype_of(call.args[1]) not in ("float32", "float64", "float16"):
+    if (
+        name not in ANCHORS
+        or not is_const(call.args[1])
+        or dtype_of(call.args[1]) not in ("float32", "float64", "float16")
+    ):
         return False
     if name == "matmul":
         return len(shape_of(call.args[1])) == 2 and len(shape_of(call.args[0])) >= 2
@@ -30,8 +34,8 @@ def channel_axis(graph: Graph, expr: Any) -> int:
 
 
 def per_channel(array: Array, shape: tuple[int, ...], axis: int) -> Array | None:
-    """``array``, broadcast against a tensor of ``shape``, as one number per channel (float64); None if it varies elsewhere
-    or would enlarge the tensor."""
+    """``array``, broadcast against a tensor of ``shape``, as one number per channel (float64); None if it varies
+    elsewhere or would enlarge the tensor."""
     if array.ndim > len(shape):
         if any(d != 1 for d in array.shape[: array.ndim - len(shape)]):
             return None
@@ -43,7 +47,8 @@ def per_channel(array: Array, shape: tuple[int, ...], axis: int) -> Array | None
 
 
 def channel_const(numbers: Array, rank: int, axis: int, dtype: str) -> Any:
-    """Constant that adds to (multiplies) channel ``axis`` of a tensor of ``rank``: (1,C,1,1), or (K,) on a last axis."""
+    """Constant that adds to (multiplies) channel ``axis`` of a tensor of ``rank``: (1,C,1,1), or (K,) on a last
+    axis."""
     if axis == rank - 1:
         return const(numbers, dtype)
     return const(numbers.reshape([-1 if i == axis else 1 for i in range(rank)]), dtype)

@@ -1,8 +1,8 @@
-"""The one idiom of every simplification pass: a mutable SSA graph of ``main``, rules that replace values, and a pass wrapper.
-
-A pass is a class with ``run(graph)``; ``@graph_pass("Name")`` turns it into a ``tvm.transform`` module pass whose
-``rewrites`` attribute is the number of rules that fired in the last run. When nothing fired the module is returned as it
-came, so a rule that does not apply costs one look at each binding.
+"""The one idiom of every simplification pass: a mutable SSA graph of ``main``, rules that replace values, and a pass
+wrapper.
+ A pass is a class with ``run(graph)``; ``@graph_pass("Name")`` turns it into a ``tvm.transform`` module pass whose
+``rewrites`` attribute is the number of rules that fired in the last run. When nothing fired the module is returned as
+it came, so a rule that does not apply costs one look at each binding.
 """
 
 from __future__ import annotations
@@ -21,11 +21,72 @@ Array = np.ndarray[Any, Any]
 
 # Elementwise operators of one tensor (further arguments are scalars): they commute with any reordering of elements.
 UNARY = frozenset(
-    ["nn.relu", "nn.relu6", "nn.leakyrelu", "nn.gelu", "nn.gelu_tanh", "nn.silu", "nn.softplus", "nn.selu", "sigmoid", "tanh", "exp", "log", "sqrt", "rsqrt", "abs", "negative", "clip", "erf", "floor", "ceil", "round", "sign", "square", "sin", "cos", "tan", "sinh", "cosh", "asin", "acos", "atan", "asinh", "acosh", "atanh", "astype", "isnan", "isinf", "isfinite", "logical_not", "bitwise_not"]
+    [
+        "nn.relu",
+        "nn.relu6",
+        "nn.leakyrelu",
+        "nn.gelu",
+        "nn.gelu_tanh",
+        "nn.silu",
+        "nn.softplus",
+        "nn.selu",
+        "sigmoid",
+        "tanh",
+        "exp",
+        "log",
+        "sqrt",
+        "rsqrt",
+        "abs",
+        "negative",
+        "clip",
+        "erf",
+        "floor",
+        "ceil",
+        "round",
+        "sign",
+        "square",
+        "sin",
+        "cos",
+        "tan",
+        "sinh",
+        "cosh",
+        "asin",
+        "acos",
+        "atan",
+        "asinh",
+        "acosh",
+        "atanh",
+        "astype",
+        "isnan",
+        "isinf",
+        "isfinite",
+        "logical_not",
+        "bitwise_not",
+    ]
 )
 # Elementwise operators of two tensors, with NumPy broadcasting.
 BINARY = frozenset(
-    ["add", "subtract", "multiply", "divide", "floor_divide", "power", "maximum", "minimum", "mod", "floor_mod", "equal", "not_equal", "less", "less_equal", "greater", "greater_equal", "logical_and", "logical_or", "logical_xor"]
+    [
+        "add",
+        "subtract",
+        "multiply",
+        "divide",
+        "floor_divide",
+        "power",
+        "maximum",
+        "minimum",
+        "mod",
+        "floor_mod",
+        "equal",
+        "not_equal",
+        "less",
+        "less_equal",
+        "greater",
+        "greater_equal",
+        "logical_and",
+        "logical_or",
+        "logical_xor",
+    ]
 )
 COMMUTATIVE = frozenset(("add", "multiply", "maximum", "minimum"))
 
@@ -157,7 +218,8 @@ class Graph:
 
     # -- reading ---------------------------------------------------------------------------------------------------
     def get(self, expr: Any) -> Any:
-        """The defining expression of a variable; parameters, constants and other expressions are returned as they are."""
+        """The defining expression of a variable; parameters, constants and other expressions are returned as they
+        are."""
         return self.defs.get(expr, expr) if isinstance(expr, relax.Var) else expr
 
     def op(self, expr: Any) -> str:
@@ -183,7 +245,9 @@ class Graph:
                 done[var] = None
             elif var not in done and var in self.defs:
                 stack.append((var, True))
-                stack.extend((leaf, False) for leaf in reversed(list(tensor_leaves(self.defs[var]))) if leaf not in done)
+                stack.extend(
+                    (leaf, False) for leaf in reversed(list(tensor_leaves(self.defs[var]))) if leaf not in done
+                )
         return list(done)
 
     # -- editing ---------------------------------------------------------------------------------------------------
@@ -292,7 +356,8 @@ class Graph:
 
 
 def substitute(expr: Any, mapping: dict[Any, Any]) -> Any:
-    """``expr`` with variables replaced; tuple items of literal tuples are resolved; returns ``expr`` itself if unchanged."""
+    """``expr`` with variables replaced; tuple items of literal tuples are resolved; returns ``expr`` itself if
+    unchanged."""
     if isinstance(expr, relax.Var):
         return mapping.get(expr, expr)
     if isinstance(expr, relax.Call):
@@ -312,7 +377,8 @@ Rule = Callable[[Graph, Any, Any], Any]  # (graph, var, call) -> replacement or 
 
 
 class Rewriter:
-    """Base of the passes: ``rules`` maps operator names to rules, tried on every value in order until nothing changes."""
+    """Base of the passes: ``rules`` maps operator names to rules, tried on every value in order until nothing
+    changes."""
 
     max_rounds = 20
 

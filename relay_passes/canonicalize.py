@@ -1,10 +1,10 @@
 """One spelling for what later phases match: constants second, padding in the convolution, one global average pool.
-
-Notes on the importer (TVM 0.27). AveragePool keeps ``count_include_pad`` and ``ceil_mode`` as attributes and turns
-``auto_pad`` into four pads (top, left, bottom, right). MaxPool with SAME_LOWER rounds the output size down, which ONNX does
-not. Convolutions with ``auto_pad`` SAME get a separate zero padding, ConvTranspose gets pads. GlobalAveragePool is a
-``mean`` over [2, 3] with keepdims, GlobalMaxPool a ``max``. Resize is ``image.resize2d`` in NCHW. Constant Pad is a
-``call_tir`` (lift_prim_calls.py turns it into ``nn.pad``); reflect and edge Pad stay ``call_tir``. Flatten is a reshape.
+ Notes on the importer (TVM 0.27). AveragePool keeps ``count_include_pad`` and ``ceil_mode`` as attributes and turns
+``auto_pad`` into four pads (top, left, bottom, right). MaxPool with SAME_LOWER rounds the output size down, which
+ONNX does not. Convolutions with ``auto_pad`` SAME get a separate zero padding, ConvTranspose gets pads.
+GlobalAveragePool is a ``mean`` over [2, 3] with keepdims, GlobalMaxPool a ``max``. Resize is ``image.resize2d`` in
+NCHW. Constant Pad is a ``call_tir`` (lift_prim_calls.py turns it into ``nn.pad``); reflect and edge Pad stay
+``call_tir``. Flatten is a reshape.
 """
 
 from __future__ import annotations
@@ -36,7 +36,17 @@ from ._utils import (
 
 _LOWEST = float(np.finfo("float32").min)
 _NONNEGATIVE = ("nn.relu", "nn.relu6", "sigmoid", "exp", "abs", "square", "sqrt", "nn.softmax", "nn.softplus")
-_KEEPS_SIGN = ("nn.max_pool2d", "nn.avg_pool2d", "reshape", "permute_dims", "mean", "max", "take", "strided_slice", "nn.dropout")
+_KEEPS_SIGN = (
+    "nn.max_pool2d",
+    "nn.avg_pool2d",
+    "reshape",
+    "permute_dims",
+    "mean",
+    "max",
+    "take",
+    "strided_slice",
+    "nn.dropout",
+)
 
 
 # -- elementwise -----------------------------------------------------------------------------------------------------
@@ -63,12 +73,30 @@ def _divide(graph: Graph, var: Any, call: Any) -> Any:
     return relax.op.multiply(data, const(inverse)) if bool(np.all(usable)) else None
 
 
+def _narrow(numbers: Any, target: tuple[int, ...]) -> Any:
+    """A constant that was broadcast over pixels or rows (by ONNX Min, Max, Sum), without the repetitions. One number a
+    channel stays one number a channel, also when all are equal."""
+    shape = shape_of(numbers)
+    channel = len(shape) - (len(target) - 1 if len(target) != 2 else 1)
+    wide = [i for i, d in enumerate(shape) if d > 1 and i != channel]
+    if not wide or math.prod(shape) > 1 << 16:
+        return numbers
+    array = value(numbers)
+    if bool(np.all(array == array.flat[0])):
+        return const(array.flat[0], dtype_of(numbers))
+    for axis in wide:
+        first = np.take(array, [0], axis)
+        array = first if bool(np.all(array == first)) else array
+    return numbers if array.shape == shape else const(array, dtype_of(numbers))
+
+
 def _const_shape(graph: Graph, var: Any, call: Any) -> Any:
     """Scalars have shape (); constants of a 4-D tensor have four axes; a row for a matrix has one."""
     for at in (0, 1):
         numbers, data = call.args[at], call.args[1 - at]
         if not is_const(numbers) or is_const(data) or shape_of(data) != shape_of(var):
             continue
+        numbers = _narrow(numbers, shape_of(data))
         shape, rank = shape_of(numbers), len(shape_of(data))
         wanted = shape
         if math.prod(shape) == 1:
@@ -77,7 +105,7 @@ def _const_shape(graph: Graph, var: Any, call: Any) -> Any:
             wanted = (1,) * (4 - len(shape)) + shape
         elif rank == 2 and len(shape) == 2 and shape[0] == 1:
             wanted = shape[1:]
-        if wanted != shape:
+        if wanted != shape_of(call.args[at]):
             moved = const(value(numbers).reshape(wanted), dtype_of(numbers))
             return like(call, [data, moved] if at else [moved, data])
     return None
@@ -96,7 +124,11 @@ def _spatial_padding(graph: Graph, expr: Any) -> tuple[Any, list[int], float | N
     width = ints(pad.attrs.pad_width)
     if any(width[:4]):
         return None
-    return pad.args[0], [width[4], width[6], width[5], width[7]], float(pad.attrs.pad_value) if mode == "constant" else None
+    return (
+        pad.args[0],
+        [width[4], width[6], width[5], width[7]],
+        float(pad.attrs.pad_value) if mode == "constant" else None,
+    )
 
 
 def _four(padding: Any) -> list[int]:
@@ -140,8 +172,8 @@ def is_nonnegative(graph: Graph, expr: Any, depth: int = 8) -> bool:
 
 
 def _pad_pool(graph: Graph, var: Any, call: Any) -> Any:
-    """Padding of an unpadded pool. Below a max pool whose windows all hold a pixel: -inf, repeated edges, or zeros if no
-    value is negative. Below an average pool: zeros, which count."""
+    """Padding of an unpadded pool. Below a max pool whose windows all hold a pixel: -inf, repeated edges, or zeros if
+    no value is negative. Below an average pool: zeros, which count."""
     found = _spatial_padding(graph, call.args[0])
     a = call.attrs
     if found is None or str(a.layout) != "NCHW" or any(ints(a.padding)) or bool(a.ceil_mode):

@@ -1,10 +1,12 @@
-"""One form for layers that are matrix products or one-dimensional: 2-D ``matmul`` and ``conv2d``, reshapes pushed outwards.
+"""One form for layers that are matrix products or one-dimensional: 2-D ``matmul`` and ``conv2d``, reshapes pushed
+outwards.
 
 * a convolution whose window is its whole unpadded input (1x1 on 1x1, or a fully connected layer written as 7x7 on 7x7)
   becomes reshape + matmul + reshape;
 * matmul of a batch of rows with constant weights becomes a 2-D matmul between reshapes;
 * conv1d and 1-D pooling become their 2-D forms on (N, C, 1, L);
-* reshapes move behind elementwise operators, so that bias and activation stay next to the layer, and meet other reshapes.
+* reshapes move behind elementwise operators, so that bias and activation stay next to the layer, and meet other
+  reshapes.
 """
 
 from __future__ import annotations
@@ -125,7 +127,8 @@ def _sink_unary(graph: Graph, var: Any, call: Any) -> Any:
 
 
 def _sink_const(numbers: Any, before: tuple[int, ...], after: tuple[int, ...]) -> Any:
-    """The constant that acts on a tensor of shape ``before`` as ``numbers`` acts on its reshape to ``after``; else None."""
+    """The constant that acts on a tensor of shape ``before`` as ``numbers`` acts on its reshape to ``after``; else
+    None."""
     shape = shape_of(numbers)
     if math.prod(shape) == 1:
         return const(value(numbers).reshape(()), dtype_of(numbers))

@@ -30,7 +30,7 @@ def _fold(graph: Graph, var: Any, item: Any) -> Any:
     data, shape, dtype = call.args[0], shape_of(var), dtype_of(var)
     axis = int(call.attrs.axis) % len(shape)
     scale, shift = _affine(call)
-    folded = _fold_into_layer(graph, data, axis, scale, shift, item.tuple_value)
+    folded = _fold_into_layer(graph, data, axis, (scale, shift), item.tuple_value)
     if folded is None:
         folded = relax.op.multiply(data, channel_const(scale, len(shape), axis, dtype))
     else:
@@ -38,8 +38,9 @@ def _fold(graph: Graph, var: Any, item: Any) -> Any:
     return relax.op.add(folded, channel_const(shift, len(shape), axis, dtype))
 
 
-def _fold_into_layer(graph: Graph, data: Any, axis: int, scale: Array, shift: Array, reader: Any) -> Any:
+def _fold_into_layer(graph: Graph, data: Any, axis: int, affine: tuple[Array, Array], reader: Any) -> Any:
     """(scaled layer, shift) when ``data`` is a layer or layer + bias that only the batch_norm reads."""
+    scale, shift = affine
     layer, bias = data, None
     if graph.op(data) == "add" and not is_anchor(graph, data):
         add = graph.get(data)

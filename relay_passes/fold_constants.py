@@ -1,8 +1,8 @@
 """Evaluate calls whose arguments are all constants, in NumPy.
-
-``relax.transform.FoldConstant`` compiles every operator that it folds (seconds for one network); the table here covers what
-the ONNX importer leaves on weights. What is not in the table is folded by TVM, one call at a time, when it is small.
-Static shapes count as constants: the importer's ``Gather`` leaves ``shape_of`` and ``shape_to_tensor`` chains behind.
+ ``relax.transform.FoldConstant`` compiles every operator that it folds (seconds for one network); the table here
+covers what the ONNX importer leaves on weights. What is not in the table is folded by TVM, one call at a time, when
+it is small. Static shapes count as constants: the importer's ``Gather`` leaves ``shape_of`` and ``shape_to_tensor``
+chains behind.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from ._utils import (
     graph_pass,
     ints,
     is_const,
+    number,
     op_name,
     shape_of,
     value,
@@ -80,7 +81,13 @@ _BINARY: dict[str, Callable[[Array, Array], Array]] = {
     "logical_and": np.logical_and,
     "logical_or": np.logical_or,
 }
-_REDUCE: dict[str, Callable[..., Array]] = {"sum": np.sum, "mean": np.mean, "max": np.max, "min": np.min, "prod": np.prod}
+_REDUCE: dict[str, Callable[..., Array]] = {
+    "sum": np.sum,
+    "mean": np.mean,
+    "max": np.max,
+    "min": np.min,
+    "prod": np.prod,
+}
 
 
 def _shape_arg(expr: Any) -> tuple[int, ...]:
@@ -135,14 +142,17 @@ _TABLE: dict[str, Callable[[Any, list[Array]], Any]] = {
     "ones_like": lambda c, a: np.ones(shape_of(c), dtype_of(c)),
     "shape_to_tensor": lambda c, a: np.asarray(_shape_arg(c.args[0]), "int64"),
     "matmul": lambda c, a: np.matmul(a[0], a[1]),
-    "nn.pad": lambda c, a: _pad(c, a),
+    "nn.pad": _pad,
     "clip": lambda c, a: np.clip(a[0], number(c.args[1]), number(c.args[2])),
 }
 
 
 def _evaluate(call: Any, name: str) -> Any:
-    """The value of ``call`` as an array, or None when the table does not know the operator. May raise on bad operands."""
-    arrays = [value(a) for arg in call.args for a in (arg.fields if isinstance(arg, relax.Tuple) else [arg]) if is_const(a)]
+    """The value of ``call`` as an array, or None when the table does not know the operator. May raise on bad
+    operands."""
+    arrays = [
+        value(a) for arg in call.args for a in (arg.fields if isinstance(arg, relax.Tuple) else [arg]) if is_const(a)
+    ]
     if name in _TABLE:
         return _TABLE[name](call, arrays)
     if name in _UNARY:
@@ -166,7 +176,9 @@ def _leaves(expr: Any) -> list[Any]:
 def _is_pure_data(expr: Any) -> bool:
     """Only plain operator calls are folded: calls of functions, packed functions and PrimFuncs are not."""
     name = op_name(expr)
-    return bool(name) and not name.startswith(("call_", "invoke_", "print", "assert", "builtin", "vm.", "memory", "random"))
+    return bool(name) and not name.startswith(
+        ("call_", "invoke_", "print", "assert", "builtin", "vm.", "memory", "random")
+    )
 
 
 class _FoldConstants(Rewriter):

@@ -82,17 +82,18 @@ def _behind_layer(graph: Graph, var: Any, call: Any) -> Any:
         return None
     rescaled = bool(np.any(scale != 1))
     if layer is data and not rescaled:
-        return _canonical_bias(call, layer, shift, shape, axis, dtype_of(var))
+        return _canonical_bias(call, layer, shift, axis)
     if rescaled and not graph.single_use(layer):
         return None
     scaled = scale_output(graph, layer, scale) if rescaled else layer
     return relax.op.add(scaled, channel_const(shift + old, len(shape), axis, dtype_of(var)))
 
 
-def _canonical_bias(call: Any, layer: Any, shift: Array, shape: tuple[int, ...], axis: int, dtype: str) -> Any:
+def _canonical_bias(call: Any, layer: Any, shift: Array, axis: int) -> Any:
     """layer + one bias: only the spelling may have to change."""
-    bias = channel_const(shift, len(shape), axis, dtype)
-    if op_name(call) == "add" and call.args[0].same_as(layer) and shape_of(call.args[1]) == shape_of(bias):
+    bias = channel_const(shift, len(shape_of(layer)), axis, dtype_of(layer))
+    spelled = (shape_of(bias), ()) if shift.size == 1 else (shape_of(bias),)
+    if op_name(call) == "add" and call.args[0].same_as(layer) and shape_of(call.args[1]) in spelled:
         return None
     return relax.op.add(layer, bias)
 
@@ -151,7 +152,9 @@ def _in_front(graph: Graph, var: Any, call: Any) -> Any:
         groups, tail = int(call.attrs.groups), (1,) * (weight.ndim - 2)
         grouped = weight.reshape(groups, -1, *weight.shape[1:])
         scaled = grouped * scale.reshape(groups, 1, -1, *tail)
-        bias = (grouped * shift.reshape(groups, 1, -1, *tail)).reshape(weight.shape[0], -1).sum(axis=1, dtype=np.float64)
+        bias = (
+            (grouped * shift.reshape(groups, 1, -1, *tail)).reshape(weight.shape[0], -1).sum(axis=1, dtype=np.float64)
+        )
     dtype = str(weight.dtype)
     new = like(call, [step[0], const(scaled.reshape(weight.shape) + 0.0, dtype)])
     shape = shape_of(var)

@@ -43,7 +43,7 @@ def is_channel_shape(shape: tuple[int, ...], out: tuple[int, ...]) -> bool:
 def operand_kind(arg: Any, out: tuple[int, ...]) -> str:
     """How an operand enters a program: ``t`` tensor, ``c`` channel constant, ``g`` gate, ``s`` scalar, "" not at all."""
     if not hasattr(arg, "ty") or getattr(arg.ty, "shape", None) is None:
-        return "s" if not isinstance(arg, relax.Expr) or isinstance(arg, tvm.ir.PrimExpr) else ""
+        return "s" if isinstance(arg, tvm.tirx.FloatImm | tvm.tirx.IntImm) else ""  # bounds of relax.clip
     shape = shape_of(arg)
     if dtype_of(arg) != "float32":
         return ""

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import tvm
 from tvm import relax
 
 from ..errors import InternalError
@@ -101,7 +102,7 @@ class _Reader:
             if self.params[arg] not in self.gates:
                 self.gates.append(self.params[arg])
             return f"g{self.gates.index(self.params[arg])}"
-        number = scalar(arg) if hasattr(arg, "ty") and getattr(arg.ty, "shape", None) is not None else _number(arg)
+        number = float(arg.value) if isinstance(arg, tvm.tirx.FloatImm | tvm.tirx.IntImm) else scalar(arg)
         if number is None:
             raise InternalError(f"layer group: operand {arg} has no place in an element-wise program")
         return self.scalar(number)
@@ -109,11 +110,6 @@ class _Reader:
 
 def _channel_shape(out: tuple[int, ...]) -> tuple[int, ...]:
     return (1, out[1], 1, 1) if len(out) == 4 else (1, out[1])
-
-
-def _number(arg: Any) -> float:
-    inner = getattr(arg, "value", arg)
-    return float(getattr(inner, "value", inner))
 
 
 def read_layer(func: relax.Function) -> Layer:

@@ -63,7 +63,7 @@ class WrapKernels:
 
 def custom_legalizations(target: CpuTarget) -> dict[str, Legalizer]:
     """Relax operator -> lowering to a hand-written kernel; workloads outside of its domain take TVM's lowering."""
-    table: dict[str, Legalizer] = {
+    table: dict[str, Callable[..., Any]] = {
         "relax.matmul": _matmul,
         "relax.nn.softmax": _softmax,
         "relax.nn.log_softmax": _softmax,
@@ -75,7 +75,9 @@ def custom_legalizations(target: CpuTarget) -> dict[str, Legalizer]:
         **{f"relax.{kind}": _reduce for kind in rows.REDUCTIONS},
     }
     known = _default_legalizations()
-    return {name: _view for name in VIEWS} | {name: _with_fallback(table[name], known[name], target) for name in table if name in known}
+    return {name: _view for name in VIEWS} | {
+        name: _with_fallback(table[name], known[name], target) for name in table if name in known
+    }
 
 
 # Operators that only rename positions stay reshapes, which the VM runs as views. (RewriteDataflowReshape recovers them
@@ -93,7 +95,7 @@ def _default_legalizations() -> dict[str, Legalizer]:
     def default(name: str) -> Legalizer | None:
         try:
             op = tvm.ir.Op.get(name)
-        except Exception:  # noqa: BLE001 - an operator that this TVM does not have: FFI error without a class
+        except Exception:  # an operator that this TVM does not have: FFI error without a class
             return None
         return op.get_attr("FLegalize")
 
@@ -156,43 +158,32 @@ def _contiguous(shape: tuple[int, ...], axes: list[int], target: CpuTarget) -> R
 
 
 def _reduce(bb: relax.BlockBuilder, call: Any, target: CpuTarget) -> Any:
-    shape, out_shape = _shape(call.args[0]), _result_shape(call)
-    if shape is None or out_shape is None:
+    shape = _shape(call.args[0])
+    if shape is None:
         return None
     axes = [int(a) for a in call.attrs.axis] if call.attrs.axis is not None else list(range(len(shape)))
-    return _reduce_rows(bb, call, shape, out_shape, axes, call.op.name.removeprefix("relax."), target)
-
-
-def _result_shape(call: Any) -> tuple[int, ...] | None:
-    """Like _shape, but a scalar result counts as static too."""
-    shape = getattr(call.ty, "shape", None)
-    return () if isinstance(shape, relax.ShapeExpr) and len(shape) == 0 else _shape(call)
-
-
-def _reduce_rows(
-    bb: relax.BlockBuilder,
-    call: Any,
-    shape: tuple[int, ...],
-    out_shape: tuple[int, ...],
-    axes: list[int],
-    kind: str,
-    target: CpuTarget,
-) -> Any:
-    view = _contiguous(shape, axes, target)
-    if view is None or not out_shape:
-        return None
-    return _call(bb, rows.reduce(shape, out_shape, view, kind, target), kind, [call.args[0]], call.ty)
+    return _reduce_rows(bb, call, axes, call.op.name.removeprefix("relax."), target)
 
 
 def _global_pool(bb: relax.BlockBuilder, call: Any, target: CpuTarget) -> Any:
     shape, out_shape = _shape(call.args[0]), _shape(call)
     if shape is None or out_shape is None or call.attrs.layout != "NCHW" or out_shape[2:] != (1, 1):
         return None
-    return _reduce_rows(bb, call, shape, out_shape, [2, 3], "mean", target)
+    return _reduce_rows(bb, call, [2, 3], "mean", target)
+
+
+def _reduce_rows(bb: relax.BlockBuilder, call: Any, axes: list[int], kind: str, target: CpuTarget) -> Any:
+    """Row kernel for a reduction over trailing ``axes``; a scalar result has the static shape ()."""
+    shape, result = _shape(call.args[0]), getattr(call.ty, "shape", None)
+    out_shape = () if isinstance(result, relax.ShapeExpr) and len(result) == 0 else _shape(call)
+    view = _contiguous(shape, axes, target) if shape else None
+    if shape is None or out_shape is None or view is None:
+        return None
+    return _call(bb, rows.reduce(shape, out_shape, view, kind, target), kind, [call.args[0]], call.ty)
 
 
 def _normalise(
-    bb: relax.BlockBuilder, call: Any, view: Rows | None, affine: Affine, target: CpuTarget, centred: bool = True
+    bb: relax.BlockBuilder, call: Any, view: Rows | None, affine: Affine, target: CpuTarget, *, centred: bool = True
 ) -> Any:
     shape, parameters = _shape(call.args[0]), [_shape(p) for p in call.args[1:]]
     if shape is None or view is None or view.inner != 1:
@@ -200,7 +191,8 @@ def _normalise(
     known = [p for p in parameters if p is not None]
     if len(known) != len(parameters) or any(math.prod(p) != affine.period for p in known):
         return None
-    func = rows.normalise(shape, known, view, affine, float(call.attrs.epsilon), target, centred)
+    epsilon = float(call.attrs.epsilon)
+    func = rows.normalise(shape, known, view, affine, target=target, epsilon=epsilon, centred=centred)
     return _call(bb, func, call.op.name.rsplit(".", 1)[1], list(call.args), call.ty)
 
 

@@ -1,9 +1,8 @@
 """Turn the importer's early-lowered operators back into Relax operators.
-
-The ONNX importer emits ``Clip`` and constant ``Pad`` (also the padding of ``auto_pad`` convolutions) as ``call_tir`` of
-PrimFuncs named maximum, minimum and pad, and edge padding as replicate_pad. Later passes and the fuser look at operators, so
-the bodies are recognised by structure (never by name) and become ``maximum`` / ``minimum`` / ``nn.pad``. Reflect padding,
-``Tile`` and others stay what they are.
+ The ONNX importer emits ``Clip`` and constant ``Pad`` (also the padding of ``auto_pad`` convolutions) as ``call_tir``
+of PrimFuncs named maximum, minimum and pad, and edge padding as replicate_pad. Later passes and the fuser look at
+operators, so the bodies are recognised by structure (never by name) and become ``maximum`` / ``minimum`` /
+``nn.pad``. Reflect padding, ``Tile`` and others stay what they are.
 """
 
 from __future__ import annotations

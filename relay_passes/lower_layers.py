@@ -59,7 +59,9 @@ class _Lowering:
         self, graph: Graph, nodes: list[Node], plan: Plan, target: CpuTarget, choices: Mapping[str, Choice]
     ) -> None:
         self.graph, self.nodes, self.plan, self.target, self.choices = graph, nodes, plan, target, choices
-        self.bb = relax.BlockBuilder()
+        functions = graph.mod.functions.items()  # those that opaque calls refer to stay
+        kept = {gv: f for gv, f in functions if gv.name_hint != "main" and not (f.attrs and "skim.kind" in f.attrs)}
+        self.bb = relax.BlockBuilder(tvm.IRModule(kept))
         self.calls: list[tuple[str, LayerRecord]] = []
         self.buffers: dict[Key, Any] = {}  # root -> newest version of its flat buffer
         self.ready: set[Key] = set()  # values that their root's buffer holds
@@ -76,9 +78,6 @@ class _Lowering:
         func = self.graph.func
         for p in func.params:
             self.tensors[p] = p
-        for gv, f in self.graph.mod.functions.items():  # functions that opaque calls refer to keep their names
-            if gv.name_hint != "main" and not (f.attrs and "skim.kind" in f.attrs):
-                self.bb.add_func(f, gv.name_hint)
         with self.bb.function("main", list(func.params), attrs=dict(func.attrs or {})):
             with self.bb.dataflow():
                 for n in self.nodes:

@@ -1,9 +1,8 @@
 """LocalResponseNormalization -> one private Relax function, so that one kernel can stand for it.
-
-The importer emits ``x / power(bias + alpha * avg_pool3d(expand_dims(x * x)), beta)`` with a (size, 1, 1) window and zero
-padding of size // 2 on both sides (for an even ``size`` that gives C + 1 channels: the importer rejects it). The average
-divides by ``size``, so ``alpha`` is ONNX's alpha. The function keeps the original operators as its body and carries the
-attributes ``skim.op`` = "lrn", ``size``, ``alpha``, ``beta``, ``bias`` and ``Primitive`` = 1.
+ The importer emits ``x / power(bias + alpha * avg_pool3d(expand_dims(x * x)), beta)`` with a (size, 1, 1) window and
+zero padding of size // 2 on both sides (for an even ``size`` that gives C + 1 channels: the importer rejects it). The
+average divides by ``size``, so ``alpha`` is ONNX's alpha. The function keeps the original operators as its body and
+carries the attributes ``skim.op`` = "lrn", ``size``, ``alpha``, ``beta``, ``bias`` and ``Primitive`` = 1.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ from .outline_lrn import OutlineLRN
 from .simplify_noise import SimplifyNoise
 from .to_nchw import ToNCHW
 
-# The order inside a round: lifted calls and folded constants are what the others match; LRN and ChannelShuffle are known
-# by shapes that the noise rules would respell; batch_norm folds before its neighbours move.
+# The order inside a round: lifted calls and folded constants are what the others match; LRN and ChannelShuffle are
+# known by shapes that the noise rules would respell; batch_norm folds before its neighbours move.
 STAGES: tuple[Any, ...] = (
     LiftPrimCalls,
     FoldConstants,

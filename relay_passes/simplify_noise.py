@@ -1,9 +1,9 @@
 """Remove what carries no meaning: identities, cast and transpose pairs, stacked sums, dropout, spelled-out clips.
-
-What the ONNX importer makes of activations, and what it becomes here (plain elementwise operators with scalar constants):
-Clip -> ``isnan``/``where`` on the bounds + ``maximum`` + ``minimum`` -> ``nn.relu``, ``clip``, ``maximum`` or ``minimum``;
-HardSwish, HardSigmoid -> ``clip`` chains (kept); PRelu -> ``nn.prelu`` (with a wrong axis for one slope) -> ``nn.leakyrelu``
-or ``relu(x) + slope * min(x, 0)``; LeakyRelu, Gelu, Elu, Selu, Mish, Softplus arrive as operators or elementwise chains.
+ What the ONNX importer makes of activations, and what it becomes here (plain elementwise operators with scalar
+constants): Clip -> ``isnan``/``where`` on the bounds + ``maximum`` + ``minimum`` -> ``nn.relu``, ``clip``,
+``maximum`` or ``minimum``; HardSwish, HardSigmoid -> ``clip`` chains (kept); PRelu -> ``nn.prelu`` (with a wrong axis
+for one slope) -> ``nn.leakyrelu`` or ``relu(x) + slope * min(x, 0)``; LeakyRelu, Gelu, Elu, Selu, Mish, Softplus
+arrive as operators or elementwise chains.
 """
 
 from __future__ import annotations
@@ -144,7 +144,9 @@ def _neutral(graph: Graph, var: Any, call: Any) -> Any:
         return data if shape_of(data) == shape_of(var) else None
     if name != "power" or scalar(other) is None or shape_of(data) != shape_of(var):
         return None
-    return {2.0: lambda: relax.op.multiply(data, data), 0.5: lambda: relax.op.sqrt(data)}.get(scalar(other), lambda: None)()
+    return {2.0: lambda: relax.op.multiply(data, data), 0.5: lambda: relax.op.sqrt(data)}.get(
+        scalar(other), lambda: None
+    )()
 
 
 def _identity_slice(graph: Graph, var: Any, call: Any) -> Any:

@@ -1,11 +1,10 @@
 """Move permute_dims towards the outputs until pairs meet and cancel (networks exported from NHWC frameworks).
-
-Every NHWC value of such a network is ``permute_dims(NCHW value)``. A transpose moves down through elementwise operators,
-concat, split, slices, padding, softmax and reductions (axes renumbered, constants transposed); a ``matmul`` over the
-channels of a transposed tensor becomes a 1x1 convolution; a transpose in front of flatten + dense goes into the dense
-weights; one that only moves axes of size 1 becomes a reshape. The transpose of a network input stays at the input, and
-preprocessing written in NHWC (mean, scale, padding) moves behind it. The number of permute_dims never grows: if it would,
-the graph is left as it was.
+ Every NHWC value of such a network is ``permute_dims(NCHW value)``. A transpose moves down through elementwise
+operators, concat, split, slices, padding, softmax and reductions (axes renumbered, constants transposed); a
+``matmul`` over the channels of a transposed tensor becomes a 1x1 convolution; a transpose in front of flatten + dense
+goes into the dense weights; one that only moves axes of size 1 becomes a reshape. The transpose of a network input
+stays at the input, and preprocessing written in NHWC (mean, scale, padding) moves behind it. The number of
+permute_dims never grows: if it would, the graph is left as it was.
 """
 
 from __future__ import annotations
@@ -175,6 +174,9 @@ _DOWN: dict[str, Rule] = {
 }
 
 
+_KEEPS_RANK = (set(_DOWN) | {"split"}) - {"matmul"}
+
+
 def _operands(graph: Graph, call: Any) -> list[Any]:
     """The tensors of a call that a transpose may come from."""
     name = op_name(call)
@@ -193,35 +195,28 @@ def _moved_down(graph: Graph, var: Any) -> Any:
     return rule(graph, var, call)
 
 
-def _disappears(graph: Graph, transpose: Any) -> bool:
-    """Every reader of the transpose can do without it, so moving it down does not leave a copy behind."""
-    if graph.is_result(transpose):
-        return False
-    passable = ("permute_dims", "split")
-    return all(graph.op(u) in passable or _moved_down(graph, u) is not None for u in graph.users[transpose])
-
-
-def _down(graph: Graph, var: Any, call: Any) -> Any:
-    sources = [a for a in _operands(graph, call) if _transposed(graph, a) is not None]
-    if not any(_disappears(graph, a) for a in sources):
-        return None
-    return _moved_down(graph, var)
-
-
-def _down_split(graph: Graph, var: Any, item: Any) -> Any:
-    """Item of split(permute_dims(x)) -> permute_dims(item of split(x)); all items share one new split."""
-    split = graph.get(item.tuple_value)
-    known = _transposed(graph, split.args[0]) if op_name(split) == "split" else None
-    if known is None or not _disappears(graph, split.args[0]):
-        return None
-    x, axes = known
-    axis = axes[int(split.attrs.axis) % len(axes)]
-    twins = (u for u in graph.users[x] if graph.op(u) == "split")
-    parts = next((u for u in twins if _same_split(graph.get(u), split, axis)), None)
-    if parts is None:
-        sections = split.attrs.indices_or_sections
-        parts = relax.op.split(x, ints(sections) if hasattr(sections, "__len__") else int(sections), axis)
-    return relax.op.permute_dims(relax.TupleGetItem(graph.emit(parts), item.index), axes)
+def _plan(graph: Graph) -> dict[Any, list[int]]:
+    """Values that are, or can become, the transposition of something: value -> axes. Optimistic: an operator counts as
+    soon as all its operands can be had in the other order."""
+    plan: dict[Any, list[int]] = {}
+    for var in graph.order():
+        call = graph.get(var)
+        known = _transposed(graph, var)
+        if known is not None:
+            plan[var] = known[1]
+            continue
+        name = op_name(call)
+        if isinstance(call, relax.TupleGetItem):
+            if graph.op(call.tuple_value) == "split" and call.tuple_value in plan:
+                plan[var] = plan[call.tuple_value]
+            continue
+        if name not in _KEEPS_RANK or (name in _REDUCTIONS and not bool(call.attrs.keepdims)):
+            continue
+        operands = _operands(graph, call)
+        axes = next((plan[a] for a in operands if a in plan), None)
+        if axes is not None and all(plan.get(a) == axes or _untransposed(graph, a, axes) is not None for a in operands):
+            plan[var] = axes
+    return plan
 
 
 def _same_split(a: Any, b: Any, axis: int) -> bool:
@@ -297,20 +292,66 @@ class _ToNCHW(Rewriter):
 
     max_rounds = 100
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._reachable: dict[Any, list[int]] = {}
+        self._strict = False
+
     def run(self, graph: Graph) -> None:
         before = graph.count("permute_dims")
         if before == 0:
             return
-        state, rewrites = graph.snapshot(), self.rewrites
-        super().run(graph)
-        if graph.count("permute_dims") > before:
+        for self._strict in (False, True):
+            state, rewrites = graph.snapshot(), self.rewrites
+            self._settle(graph)
+            if graph.count("permute_dims") <= before:
+                return
             graph.restore(state)
             self.rewrites = rewrites
 
+    def _settle(self, graph: Graph) -> None:
+        rules = self.rules()
+        for _ in range(self.max_rounds):
+            before = self.rewrites
+            self._reachable = _plan(graph)
+            for var in graph.order():
+                self._apply(graph, var, rules)
+            if self.rewrites == before:
+                return
+
+    def _disappears(self, graph: Graph, transpose: Any) -> bool:
+        """Every reader of the transpose can do without it, so moving it down does not leave a copy behind. When that
+        made things worse (strict), only a transpose with one reader moves."""
+        if graph.is_result(transpose) or (self._strict and not graph.single_use(transpose)):
+            return False
+        readers = graph.users[transpose]
+        return all(
+            u in self._reachable or graph.op(u) == "permute_dims" or _moved_down(graph, u) is not None for u in readers
+        )
+
+    def _down(self, graph: Graph, var: Any, call: Any) -> Any:
+        sources = [a for a in _operands(graph, call) if _transposed(graph, a) is not None]
+        return _moved_down(graph, var) if any(self._disappears(graph, a) for a in sources) else None
+
+    def _down_split(self, graph: Graph, var: Any, item: Any) -> Any:
+        """Item of split(permute_dims(x)) -> permute_dims(item of split(x)); all items share one new split."""
+        split = graph.get(item.tuple_value)
+        known = _transposed(graph, split.args[0]) if op_name(split) == "split" else None
+        if known is None or not self._disappears(graph, split.args[0]):
+            return None
+        x, axes = known
+        axis = axes[int(split.attrs.axis) % len(axes)]
+        twins = (u for u in graph.users[x] if graph.op(u) == "split")
+        parts = next((u for u in twins if _same_split(graph.get(u), split, axis)), None)
+        if parts is None:
+            sections = split.attrs.indices_or_sections
+            parts = relax.op.split(x, ints(sections) if hasattr(sections, "__len__") else int(sections), axis)
+        return relax.op.permute_dims(relax.TupleGetItem(graph.emit(parts), item.index), axes)
+
     def rules(self) -> dict[str, list[Rule]]:
-        table: dict[str, list[Rule]] = {name: [_down] for name in _DOWN}
-        table["matmul"] = [_flatten_dense, _down]
-        table["TupleGetItem"] = [_down_split]
+        table: dict[str, list[Rule]] = {name: [self._down] for name in _DOWN}
+        table["matmul"] = [_flatten_dense, self._down]
+        table["TupleGetItem"] = [self._down_split]
         table["permute_dims"] = [_compose, _up]
         return table
 

@@ -10,195 +10,18 @@ accumulator), and run the rest in parallel.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
-import tvm_ffi
-from tvm import ir, s_tir, sym, tirx
+from tvm import s_tir, tirx
 
 from ..target import CpuTarget
+from .block_info import REDUCE, BlockInfo, Unschedulable, as_int, block_info, groups_of
 
 MIN_PARALLEL = 16384  # element operations below which a thread launch costs more than it saves
 CHUNK = 2048  # elements of a flat elementwise loop in one task
 MIN_TASKS = 8  # parallel iterations that balance well over the threads
 MAX_ROW = 1024  # floats of accumulators that an inner loop sweeps: 4 KiB, well inside L1
 MAX_UNROLL = 16  # reduction steps inside the vector loop
-COSTLY = frozenset(
-    f"tirx.{name}"
-    for name in "exp exp2 exp10 log log2 log10 log1p pow tanh sigmoid erf sin cos tan sinh cosh asin acos atan asinh acosh "
-    "atanh atan2 sqrt rsqrt fmod hypot".split()
-)
-_SPATIAL, _REDUCE = 0, 2  # IterVar.iter_type
-
-
-@dataclass(frozen=True)
-class Access:
-    """One load or store: its flat stride along each axis of the block, None where the address is not linear in it."""
-
-    strides: tuple[int | None, ...]
-    store: bool
-    buffer: Any
-
-
-@dataclass(frozen=True)
-class BlockInfo:
-    """What the schedule needs to know of a block: extents and kinds of its axes, accesses, cost."""
-
-    extents: tuple[int, ...]
-    reduce: tuple[bool, ...]
-    accesses: tuple[Access, ...]
-    valued: frozenset[int]  # axes that the computation uses as numbers or in conditions, not only in addresses
-    costly: bool  # transcendental functions or divisions
-    guarded: bool  # conditional loads (padding, concatenation)
-    indirect: bool  # addresses that depend on loaded values
-
-    @property
-    def work(self) -> int:
-        """Element operations, weighted."""
-        scattered = any(None in access.strides for access in self.accesses)
-        return math.prod(self.extents) * (8 if self.costly else 1) * (4 if scattered else 1)
-
-
-class Unschedulable(Exception):
-    """The block is no plain affine loop nest; nothing is wrong, it just keeps the simplest schedule."""
-
-
-def _int(expr: Any) -> int:
-    if isinstance(expr, int):
-        return expr
-    if isinstance(expr, tirx.IntImm):
-        return int(expr.value)
-    raise Unschedulable("symbolic extent")
-
-
-def block_info(sch: s_tir.Schedule, block: Any) -> BlockInfo:
-    """Analyse a block whose loops correspond one to one to its axes; Unschedulable otherwise."""
-    node = sch.get(block)
-    axes = list(node.iter_vars)
-    loops = [sch.get(loop) for loop in sch.get_loops(block)]
-    if len(axes) != len(loops) or not axes:
-        raise Unschedulable("loops and axes differ")
-    extents = []
-    for axis, loop in zip(axes, loops, strict=True):
-        extent = _int(axis.dom.extent)
-        if _int(axis.dom.min) != 0 or _int(loop.min) != 0 or _int(loop.extent) != extent:
-            raise Unschedulable("axis does not start at 0")
-        if int(axis.iter_type) not in (_SPATIAL, _REDUCE):
-            raise Unschedulable("opaque axis")
-        extents.append(extent)
-    variables = [axis.var for axis in axes]
-    analyzer = sym.Analyzer()
-    for axis in axes:
-        analyzer.bind(axis.var, axis.dom)
-    return _Collector(variables, extents, axes, analyzer).run(node)
-
-
-class _Collector:
-    def __init__(self, variables: list[Any], extents: list[int], axes: list[Any], analyzer: Any) -> None:
-        self.variables, self.extents, self.axes, self.analyzer = variables, extents, axes, analyzer
-        self.accesses: list[Access] = []
-        self.valued: set[int] = set()
-        self.costly = self.guarded = self.indirect = False
-        self.depth = 0
-
-    def run(self, node: Any) -> BlockInfo:
-        callbacks = (
-            (ir.TensorLoad, self._load),
-            (tirx.BufferStore, self._store),
-            (tirx.Var, self._var),
-            (ir.Call, self._call),
-            ((tirx.Div,), self._division),
-        )
-        tvm_ffi.structural_visit(node.body, callbacks)
-        return BlockInfo(
-            tuple(self.extents),
-            tuple(int(axis.iter_type) == _REDUCE for axis in self.axes),
-            tuple(self.accesses),
-            frozenset(self.valued),
-            self.costly,
-            self.guarded,
-            self.indirect,
-        )
-
-    def _strides(self, buffer: Any, indices: Any) -> tuple[int | None, ...]:
-        flat: Any = 0
-        for index, extent in zip(indices, buffer.shape, strict=True):
-            flat = flat * extent + index
-        flat = self.analyzer.simplify(flat) if not isinstance(flat, int) else tirx.const(flat, "int64")
-        strides: list[int | None] = []
-        for var in self.variables:
-            linear = sym.detect_linear_equation(flat, [var])
-            constant = len(linear) == 2 and isinstance(linear[0], (tirx.IntImm, int))
-            strides.append(_int(linear[0]) if constant else None)
-        return tuple(strides)
-
-    def _access(self, buffer: Any, node: Any, visitor: Any, store: bool) -> None:
-        self.accesses.append(Access(self._strides(buffer, node.indices), store, buffer))
-        self.indirect |= self.depth > 0
-        self.depth += 1
-        for index in node.indices:
-            visitor.visit(index)
-        self.depth -= 1
-
-    def _load(self, node: Any, visitor: Any) -> None:
-        self._access(node.source, node, visitor, store=False)
-
-    def _store(self, node: Any, visitor: Any) -> None:
-        self._access(node.buffer, node, visitor, store=True)
-        visitor.visit(node.value)
-
-    def _var(self, node: Any, _visitor: Any) -> None:
-        if self.depth == 0:
-            for i, var in enumerate(self.variables):
-                if var.same_as(node):
-                    self.valued.add(i)
-
-    def _call(self, node: Any, visitor: Any) -> None:
-        name = getattr(node.op, "name", "")
-        self.costly |= name in COSTLY
-        self.guarded |= name == "tirx.if_then_else"
-        visitor.default_visit(node)
-
-    def _division(self, node: Any, visitor: Any) -> None:
-        self.costly = True
-        visitor.default_visit(node)
-
-
-def _collapsible(info: BlockInfo, i: int) -> bool:
-    """True when axes i and i + 1 form one contiguous axis in every access."""
-    if info.extents[i] == 1 or info.extents[i + 1] == 1:
-        return not {i, i + 1} & info.valued
-    if {i, i + 1} & info.valued:
-        return False
-    for access in info.accesses:
-        outer, inner = access.strides[i], access.strides[i + 1]
-        if outer is None or inner is None or outer != inner * info.extents[i + 1]:
-            return False
-    return True
-
-
-def _groups(info: BlockInfo, axes: list[int]) -> list[list[int]]:
-    """Runs of neighbouring axes that collapse into one loop."""
-    groups: list[list[int]] = [[axes[0]]] if axes else []
-    for axis in axes[1:]:
-        last = groups[-1]
-        # an axis of extent 1 has meaningless strides: compare with the nearest real axis of the run
-        if axis == last[-1] + 1 and _collapsible(info, last[-1]) and _chain(info, last, axis):
-            last.append(axis)
-        else:
-            groups.append([axis])
-    return groups
-
-
-def _chain(info: BlockInfo, run: list[int], axis: int) -> bool:
-    real = [i for i in run if info.extents[i] > 1]
-    if not real or info.extents[axis] == 1:
-        return True
-    for access in info.accesses:
-        outer, inner = access.strides[real[-1]], access.strides[axis]
-        if outer is None or inner is None or outer != inner * info.extents[axis]:
-            return False
-    return True
 
 
 def _fuse(sch: s_tir.Schedule, loops: list[Any]) -> Any:
@@ -243,7 +66,7 @@ def schedule_spatial(sch: s_tir.Schedule, block: Any, target: CpuTarget) -> str:
     """An elementwise, broadcasting or data-moving block."""
     info = block_info(sch, block)
     loops = sch.get_loops(block)
-    groups = _groups(info, list(range(len(loops))))
+    groups = groups_of(info, list(range(len(loops))))
     sizes = [math.prod(info.extents[i] for i in group) for group in groups]
     if info.work < MIN_PARALLEL:
         for group in groups:
@@ -300,25 +123,24 @@ def schedule_reduction(sch: s_tir.Schedule, block: Any, target: CpuTarget) -> st
     reduction = [i for i, r in enumerate(info.reduce) if r]
     if not reduction or spatial + reduction != list(range(len(info.extents))):
         raise Unschedulable("axes out of order")
-    groups = _groups(info, spatial)
+    groups = groups_of(info, spatial)
     width = math.prod(info.extents[i] for i in groups[-1]) if groups else 1
     stores_unit, loads_unit = _unit(info, groups[-1][-1]) if groups else (False, 0.0)
     along_row = min(width, target.lanes) / target.lanes * (0.25 + 0.75 * loads_unit) * stores_unit
     steps = math.prod(info.extents[i] for i in reduction)
-    reduce_groups = _groups(info, reduction)
+    reduce_groups = groups_of(info, reduction)
     depth = math.prod(info.extents[i] for i in reduce_groups[-1])
     contiguous = all(
-        s is not None and 0 <= s <= 1
-        for s in (a.strides[reduce_groups[-1][-1]] for a in info.accesses if not a.store)
+        s is not None and 0 <= s <= 1 for s in (a.strides[reduce_groups[-1][-1]] for a in info.accesses if not a.store)
     )
     along_depth = min(depth / (2 * target.lanes), 1.0) * 0.8 if contiguous else 0.0
     if along_depth > along_row and steps >= 2 * target.lanes:
-        return _vector_depth(sch, block, info, groups, reduce_groups, target)
-    return _vector_row(sch, block, info, groups, reduction, target.lanes)
+        return _vector_depth(sch, block, info, groups=groups, reduce_groups=reduce_groups, target=target)
+    return _vector_row(sch, block, info, groups=groups, reduction=reduction, lanes=target.lanes)
 
 
 def _vector_row(
-    sch: s_tir.Schedule, block: Any, info: BlockInfo, groups: list[list[int]], reduction: list[int], lanes: int
+    sch: s_tir.Schedule, block: Any, info: BlockInfo, *, groups: list[list[int]], reduction: list[int], lanes: int
 ) -> str:
     loops = sch.get_loops(block)
     steps = [loops[i] for i in reduction]
@@ -361,11 +183,12 @@ def _vector_depth(
     sch: s_tir.Schedule,
     block: Any,
     info: BlockInfo,
+    *,
     groups: list[list[int]],
     reduce_groups: list[list[int]],
     target: CpuTarget,
 ) -> str:
-    """Partial accumulators, one per lane, along the contiguous reduction axis; then a short reduction over the lanes."""
+    """Partial accumulators, one a lane, along the contiguous reduction axis; then a short reduction over the lanes."""
     loops = sch.get_loops(block)
     axis = _fuse(sch, [loops[i] for i in reduce_groups[-1]])
     depth = math.prod(info.extents[i] for i in reduce_groups[-1])
@@ -389,7 +212,7 @@ def _vector_depth(
         if parallel:
             sch.parallel(task)
     # loops of the partial block below the task: reduction steps and the lane; put the lane innermost
-    lanes_loop = next(loop for loop in inner if _int(sch.get(loop).extent) == width)
+    lanes_loop = next(loop for loop in inner if as_int(sch.get(loop).extent) == width)
     steps = [loop for loop in inner if not sch.get(loop).same_as(sch.get(lanes_loop))]
     if steps:
         sch.reorder(*steps, lanes_loop)
@@ -407,14 +230,14 @@ def schedule_simple(sch: s_tir.Schedule, block: Any) -> str:
     """Last resort: the outermost spatial loop in parallel, nothing else."""
     loops = sch.get_loops(block)
     for loop in loops:
-        if _int(sch.get(loop).extent) > 1:
+        if as_int(sch.get(loop).extent) > 1:
             sch.parallel(loop)
             return "parallel only"
     return "serial"
 
 
 def with_root_block(func: tirx.PrimFunc) -> tirx.PrimFunc:
-    """Wrap the body of a raw loop nest in a root block; TVM's RewriteDataflowReshape aborts on functions without one."""
+    """Put a raw loop nest into a root block; TVM's RewriteDataflowReshape aborts on functions without one."""
     if isinstance(func.body, s_tir.SBlockRealize):
         return func
     return func.with_body(s_tir.SBlockRealize([], True, s_tir.SBlock([], [], [], "root", func.body)))
@@ -467,7 +290,7 @@ def schedule_function(func: tirx.PrimFunc, target: CpuTarget) -> tuple[tirx.Prim
         if not sch.get_child_blocks(root):
             return func, "opaque"
         inline_producers(sch)
-    except Exception:  # noqa: BLE001 - TVM raises bare FFI errors for functions that are no block trees
+    except Exception:  # TVM raises bare FFI errors for functions that are no block trees
         return func, "opaque"
     notes: list[str] = []
     for block in sch.get_child_blocks(sch.get_sblock("root")):
@@ -481,7 +304,7 @@ def schedule_function(func: tirx.PrimFunc, target: CpuTarget) -> tuple[tirx.Prim
 def _schedule_block(sch: s_tir.Schedule, name: str, target: CpuTarget) -> tuple[s_tir.Schedule, str]:
     def smart(s: s_tir.Schedule) -> str:
         block = s.get_sblock(name)
-        reduces = any(int(v.iter_type) == _REDUCE for v in s.get(block).iter_vars)
+        reduces = any(int(v.iter_type) == REDUCE for v in s.get(block).iter_vars)
         return schedule_reduction(s, block, target) if reduces else schedule_spatial(s, block, target)
 
     def simple(s: s_tir.Schedule) -> str:
@@ -491,6 +314,6 @@ def _schedule_block(sch: s_tir.Schedule, name: str, target: CpuTarget) -> tuple[
         trial = sch.copy()
         try:
             return trial, attempt(trial)
-        except (s_tir.ScheduleError, Unschedulable):
+        except Exception:  # ScheduleError, Unschedulable, or TVM's InternalError (rfactor has such cases)
             continue
     return sch, "serial"

@@ -79,14 +79,18 @@ def block_shape(shape: MatmulShape, target: CpuTarget) -> tuple[int, int]:
     return min(choices, key=lambda c: (cycles(*c), -c[0] * c[1], c[0] + c[1]))
 
 
+Starts = tuple[Any, Any, Any]  # offsets into A, B and C
+
+
 class _Micro:
     """Emits micro-kernels on flat views of the operands."""
 
     def __init__(self, shape: MatmulShape, lanes: int, a: Any, b: Any, c: Any) -> None:
         self.shape, self.lanes, self.a, self.b, self.c = shape, lanes, a, b, c
 
-    def emit(self, rows: int, vectors: int, masked: bool, a0: Any, b0: Any, c0: Any) -> None:
-        """C[rows, vectors * lanes] at c0 from A rows at a0 and B columns at b0; the last vector may be masked."""
+    def emit(self, rows: int, vectors: int, starts: Starts, *, masked: bool) -> None:
+        """C[rows, vectors * lanes] from as many rows of A and columns of B; the last vector may be masked."""
+        a0, b0, c0 = starts
         n, k, lanes = self.shape.n, self.shape.k, self.lanes
         rest = n % lanes
         mask = tirx.get_active_lane_mask(f"uint1x{lanes}", tirx.const(0, "int32"), tirx.const(rest, "int32"))
@@ -136,71 +140,71 @@ def matmul(
     all_panels = panels + bool(rest_vectors)
     panel_tasks = all_panels if shape.batch * row_tasks < TASKS // 2 else 1
 
-    with IRBuilder() as ib:
-        with B.prim_func(s_tir=True):
-            B.func_name("matmul")
-            B.func_attr({"tirx.noalias": True, "op_pattern": 8, "tirx.is_scheduled": True})
-            args = []
-            for name, dims in (("A", a_shape), ("B", b_shape), ("C", c_shape)):
-                args.append(B.arg(name, B.Buffer(tuple(tirx.const(d, "int64") for d in dims), "float32")))
-            flat = [
-                B.decl_buffer((math.prod(d),), "float32", data=arg.data)
-                for arg, d in zip(args, (a_shape, b_shape, c_shape), strict=True)
-            ]
-            micro = _Micro(shape, lanes, *flat)
+    with IRBuilder() as ib, B.prim_func(s_tir=True):
+        B.func_name("matmul")
+        B.func_attr({"tirx.noalias": True, "op_pattern": 8, "tirx.is_scheduled": True})
+        args = []
+        for name, dims in (("A", a_shape), ("B", b_shape), ("C", c_shape)):
+            args.append(B.arg(name, B.Buffer(tuple(tirx.const(d, "int64") for d in dims), "float32")))
+        flat = [
+            B.decl_buffer((math.prod(d),), "float32", data=arg.data)
+            for arg, d in zip(args, (a_shape, b_shape, c_shape), strict=True)
+        ]
+        micro = _Micro(shape, lanes, *flat)
 
-            def rows_of(task: Any, a0: Any, b0: Any, c0: Any, wide: int, masked: bool) -> None:
-                with B.serial(0, per_task) as i:
-                    block = B.bind(task * per_task + i)
-                    guard = per_task * row_tasks != blocks
+        def rows_of(task: Any, starts: Starts, wide: int, masked: bool) -> None:
+            a0, b0, c0 = starts
 
-                    def body() -> None:
-                        micro.emit(rows, wide, masked, a0 + block * (rows * k), b0, c0 + block * (rows * n))
+            def block(index: Any, count: int) -> None:
+                at = (a0 + index * (rows * k), b0, c0 + index * (rows * n))
+                micro.emit(count, wide, at, masked=masked)
 
-                    if guard:
-                        with B.If(block < blocks):
-                            with B.Then():
-                                body()
-                    else:
-                        body()
-                if rest_rows:
-                    with B.If(task == row_tasks - 1):
-                        with B.Then():
-                            micro.emit(rest_rows, wide, masked, a0 + blocks * (rows * k), b0, c0 + blocks * (rows * n))
-
-            def columns_of(task: Any, a0: Any, b0: Any, c0: Any) -> None:
-                if panels:
-                    with B.serial(0, panels) as panel:
-                        first = B.bind(panel * (width * lanes))
-                        rows_of(task, a0, b0 + first, c0 + first, width, False)
-                if rest_vectors:
-                    first = panels * width * lanes
-                    rows_of(task, a0, b0 + first, c0 + first, rest_vectors, ragged)
-
-            def one_panel(panel: Any, task: Any, a0: Any, b0: Any, c0: Any) -> None:
-                first = B.bind(panel * (width * lanes))
-                if panels and rest_vectors:
-                    with B.If(panel < panels):
-                        with B.Then():
-                            rows_of(task, a0, b0 + first, c0 + first, width, False)
-                        with B.Else():
-                            rows_of(task, a0, b0 + first, c0 + first, rest_vectors, ragged)
-                elif panels:
-                    rows_of(task, a0, b0 + first, c0 + first, width, False)
+            with B.serial(0, per_task) as i:
+                index = B.bind(task * per_task + i)
+                if per_task * row_tasks == blocks:
+                    block(index, rows)
                 else:
-                    rows_of(task, a0, b0 + first, c0 + first, rest_vectors, ragged)
+                    with B.If(index < blocks), B.Then():
+                        block(index, rows)
+            if rest_rows:
+                with B.If(task == row_tasks - 1), B.Then():
+                    block(blocks, rest_rows)
 
-            total = shape.batch * row_tasks * panel_tasks
-            loop = B.parallel if shape.macs >= MIN_PARALLEL and total > 1 else B.serial
-            with loop(0, total) as job:
-                batch = B.bind(job // (row_tasks * panel_tasks))
-                panel = B.bind(job % (row_tasks * panel_tasks) // row_tasks)
-                task = B.bind(job % row_tasks)
-                a0 = B.bind(batch * (0 if shape.shared_a else shape.m * k))
-                b0 = B.bind(batch * (0 if shape.shared_b else k * n))
-                c0 = B.bind(batch * (shape.m * n))
-                if panel_tasks > 1:
-                    one_panel(panel, task, a0, b0, c0)
-                else:
-                    columns_of(task, a0, b0, c0)
+        def panel_of(panel: Any, task: Any, starts: Starts, last: bool) -> None:
+            a0, b0, c0 = starts
+            first = B.bind(panel * (width * lanes))
+            rows_of(task, (a0, b0 + first, c0 + first), rest_vectors if last else width, last and ragged)
+
+        def columns_of(task: Any, starts: Starts) -> None:
+            if panels:
+                with B.serial(0, panels) as panel:
+                    panel_of(panel, task, starts, last=False)
+            if rest_vectors:
+                panel_of(B.int32(panels), task, starts, last=True)
+
+        def one_panel(panel: Any, task: Any, starts: Starts) -> None:
+            if panels and rest_vectors:
+                with B.If(panel < panels):
+                    with B.Then():
+                        panel_of(panel, task, starts, last=False)
+                    with B.Else():
+                        panel_of(panel, task, starts, last=True)
+            else:
+                panel_of(panel, task, starts, last=not panels)
+
+        total = shape.batch * row_tasks * panel_tasks
+        loop = B.parallel if shape.macs >= MIN_PARALLEL and total > 1 else B.serial
+        with loop(0, total) as job:
+            batch = B.bind(job // (row_tasks * panel_tasks))
+            panel = B.bind(job % (row_tasks * panel_tasks) // row_tasks)
+            task = B.bind(job % row_tasks)
+            starts = (
+                B.bind(batch * (0 if shape.shared_a else shape.m * k)),
+                B.bind(batch * (0 if shape.shared_b else k * n)),
+                B.bind(batch * (shape.m * n)),
+            )
+            if panel_tasks > 1:
+                one_panel(panel, task, starts)
+            else:
+                columns_of(task, starts)
     return ib.get().without_attr("global_symbol")

@@ -1,8 +1,8 @@
 """Hand-written float32 kernels over contiguous rows: softmax, reductions, normalisations.
 
-The data is seen as [outer, length, inner]: ``length`` is reduced, one task handles whole rows. With ``inner`` 1 a row is
-contiguous and gets one partial result per lane; otherwise ``inner`` is cut into vectors and no lanes ever meet. Leftover
-lanes are masked, so any extent works. All passes over a row run while it is in L1 or L2.
+The data is seen as [outer, length, inner]: ``length`` is reduced, one task handles whole rows. With ``inner`` 1 a row
+is contiguous and gets one partial result per lane; otherwise ``inner`` is cut into vectors and no lanes ever meet.
+Leftover lanes are masked, so any extent works. All passes over a row run while it is in L1 or L2.
 """
 
 from __future__ import annotations
@@ -159,29 +159,28 @@ def _kernel(
     name: str, shapes: Sequence[Sequence[int]], tasks: int, floats: int, body: Callable[[list[Any], Expr], None]
 ) -> tirx.PrimFunc:
     """PrimFunc over float32 buffers of ``shapes``; ``body(flat buffers, row)`` runs for each of ``tasks`` rows."""
-    with IRBuilder() as ib:
-        with B.prim_func(s_tir=True):
-            B.func_name(name)
-            B.func_attr({"tirx.noalias": True, "op_pattern": 8, "tirx.is_scheduled": True})
-            args = [
-                B.arg(f"p{i}", B.Buffer(tuple(tirx.const(d, "int64") for d in shape), "float32"))
-                for i, shape in enumerate(shapes)
-            ]
-            flat = [
-                B.decl_buffer((math.prod(shape),), "float32", data=arg.data)
-                for arg, shape in zip(args, shapes, strict=True)
-            ]
-            per_task = max(1, min(TASK * tasks // max(floats, 1), -(-tasks // 4)))
-            chunks = -(-tasks // per_task)
-            if floats < MIN_PARALLEL or chunks == 1:
-                with B.serial(0, tasks) as row:
-                    body(flat, row)
-            else:
-                with B.parallel(0, chunks) as chunk:
-                    # min() in the bound: the last chunk may be short
-                    count = B.bind(tirx.min(tirx.const(per_task, "int32"), tasks - chunk * per_task))
-                    with B.serial(0, count) as i:
-                        body(flat, B.bind(chunk * per_task + i))
+    with IRBuilder() as ib, B.prim_func(s_tir=True):
+        B.func_name(name)
+        B.func_attr({"tirx.noalias": True, "op_pattern": 8, "tirx.is_scheduled": True})
+        args = [
+            B.arg(f"p{i}", B.Buffer(tuple(tirx.const(d, "int64") for d in shape), "float32"))
+            for i, shape in enumerate(shapes)
+        ]
+        flat = [
+            B.decl_buffer((math.prod(shape),), "float32", data=arg.data)
+            for arg, shape in zip(args, shapes, strict=True)
+        ]
+        per_task = max(1, min(TASK * tasks // max(floats, 1), -(-tasks // 4)))
+        chunks = -(-tasks // per_task)
+        if floats < MIN_PARALLEL or chunks == 1:
+            with B.serial(0, tasks) as row:
+                body(flat, row)
+        else:
+            with B.parallel(0, chunks) as chunk:
+                # min() in the bound: the last chunk may be short
+                count = B.bind(tirx.min(tirx.const(per_task, "int32"), tasks - chunk * per_task))
+                with B.serial(0, count) as i:
+                    body(flat, B.bind(chunk * per_task + i))
     return ib.get().without_attr("global_symbol")
 
 
@@ -189,7 +188,9 @@ def softmax(shape: Sequence[int], rows: Rows, target: CpuTarget, log: bool = Fal
     """PrimFunc(X f32[shape], Y f32[shape]) of softmax (or log-softmax) along ``rows.length``."""
     vec = _Vectors(target.lanes)
     if rows.inner == 1:
-        return _kernel("softmax", [shape, shape], rows.outer, rows.size, lambda f, r: _softmax_row(vec, rows, f, r, log))
+        return _kernel(
+            "softmax", [shape, shape], rows.outer, rows.size, lambda f, r: _softmax_row(vec, rows, f, r, log)
+        )
     vectors = -(-rows.inner // target.lanes)
     return _kernel(
         "softmax", [shape, shape], rows.outer * vectors, rows.size, lambda f, r: _softmax_column(vec, rows, f, r, log)
@@ -299,8 +300,9 @@ def normalise(
     parameters: Sequence[Sequence[int]],
     rows: Rows,
     affine: Affine,
-    epsilon: float,
+    *,
     target: CpuTarget,
+    epsilon: float,
     centred: bool = True,
 ) -> tirx.PrimFunc:
     """PrimFunc(X f32[shape], gamma[, beta], Y f32[shape]) = (X - mean) / sqrt(var + epsilon) * gamma + beta by row.
@@ -335,7 +337,7 @@ def normalise(
             vec.sweep(length, step)
 
         if affine.run == 1:
-            affine_pass(base, rows.length, lambda buffer, at, rest: vec.load(buffer, at, rest))
+            affine_pass(base, rows.length, vec.load)
         else:
             with B.serial(0, per_row) as channel:
                 which = B.bind((row * per_row + channel) % affine.period)

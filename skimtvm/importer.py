@@ -47,7 +47,8 @@ class PreparedOnnx:
 
 @dataclass(frozen=True)
 class ImportedModel:
-    """``mod``: Relax module whose only function ``main`` has static shapes and one dataflow block; its parameters are
+    """``mod``: module whose Relax function ``main`` has static shapes and one dataflow block (TVM imports a few operators,
+    e.g. Pad, as call_tir of a PrimFunc beside it); its parameters are
     ``inputs`` in order (names made into identifiers), its result is ``outputs`` (a tuple if there are several)."""
 
     mod: Any  # tvm.ir.IRModule

@@ -217,6 +217,20 @@ def load_external_data(model: Any, base: Path | None, digest: Any) -> None:
             file.close()
 
 
+def _check_names(model: Any, where: str) -> None:
+    """Refuse names that are not UTF-8: protobuf hands them out as bytes, which nothing else expects."""
+    names = [model.graph.name, *(t.name for t in tensors(model)), *(o.domain for o in model.opset_import)]
+    for graph in graphs(model.graph):
+        names += [v.name for v in (*graph.input, *graph.output)]
+        for node in graph.node:
+            names += [node.name, node.op_type, node.domain, *node.input, *node.output]
+    bad = next((name for name in names if isinstance(name, bytes)), None)
+    if bad is not None:
+        raise InvalidModel(
+            f"{where}: the name {bad[:60]!r} is not UTF-8, so the file is damaged; export or copy it again"
+        )
+
+
 def _typed_elements(tensor: Any) -> int:
     """Elements in the typed field of a tensor without raw_data."""
     if tensor.data_type in (TensorProto.COMPLEX64, TensorProto.COMPLEX128):
@@ -337,6 +351,7 @@ def read_model(source: str | os.PathLike[str] | bytes | Any) -> tuple[Any, str, 
         digest = hashlib.sha256(data)
         del data
     model.ir_version = max(4, model.ir_version)
+    _check_names(model, where)
     load_external_data(model, base, digest)
     names = {t.name for t in model.graph.initializer} | {s.values.name for s in model.graph.sparse_initializer}
     inputs = [value for value in model.graph.input if value.name not in names]

@@ -12,7 +12,7 @@ import onnx
 import onnx.shape_inference
 from onnx import numpy_helper
 
-from .errors import InvalidModel, InvalidOption, UnboundShape, UnsupportedModel
+from .errors import InvalidOption, UnboundShape, UnsupportedModel
 from .onnx_fold import TypeShape, fold, infer
 from .onnx_read import one_line, skeleton
 
@@ -122,7 +122,7 @@ class _Binding:
                 remedies.append(f"--input-shape {name}={','.join(guess)}")
                 only_batch &= open_dims == [0]
             elif 0 in full:
-                raise InvalidModel(
+                raise UnsupportedModel(
                     f"input '{name}' {_show(full)}: dimension {full.index(0)} has size zero; "
                     f"give its size with --input-shape {name}=<sizes>"
                 )
@@ -217,10 +217,16 @@ def _label(node: Any) -> str:
     return f"{node.op_type} node '{node.name or node.output[0]}'"
 
 
-def _retarget(
-    model: Any, node: Any, k: int, initial: dict[str, Any], fresh: dict[str, str],
-    known: Mapping[str, TypeShape], change: tuple[int, int],
-) -> None:  # fmt: skip
+def _retarget(  # noqa: PLR0917
+    model: Any,
+    node: Any,
+    k: int,
+    initial: dict[str, Any],
+    fresh: dict[str, str],
+    known: Mapping[str, TypeShape],
+    change: tuple[int, int],
+) -> None:
+    """Give ``node`` the shape constant (its input ``k``) for the new batch; ``fresh``: constants made so far."""
     old, new = change
     source, result = (known.get(n, (0, None))[1] for n in (node.input[0], node.output[0]))
     target = numpy_helper.to_array(initial[node.input[k]]).copy()

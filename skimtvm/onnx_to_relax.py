@@ -8,6 +8,7 @@ import re
 import warnings
 from typing import Any
 
+import onnx.numpy_helper
 import tvm
 from tvm import relax
 from tvm.ir import SourceName, Span
@@ -33,19 +34,42 @@ def is_anchor(expr: Any) -> bool:
     return isinstance(expr, relax.Call) and isinstance(expr.op, tvm.ir.Op) and expr.op.name in ANCHORS
 
 
+def misread(node: Any, constants: dict[str, bool]) -> str:
+    """What makes ``node`` one that TVM's importer converts to something else without an error; "" if nothing does.
+
+    ``constants``: truth of the scalar initializers.
+    """
+    attrs = {a.name: a for a in node.attribute}
+    if node.op_type == "BatchNormalization" and "training_mode" in attrs and attrs["training_mode"].i:
+        return "training_mode=1"
+    if node.op_type == "Dropout" and len(node.input) > 2 and node.input[2] and constants.get(node.input[2], True):
+        return "training_mode"
+    if node.op_type == "ConvTranspose" and "output_shape" in attrs:
+        return "output_shape"
+    if node.op_type == "LayerNormalization" and len(node.output) > 1:
+        return "outputs Mean and InvStdDev"
+    if node.op_type == "SpaceToDepth" and "mode" in attrs and attrs["mode"].s != b"DCR":
+        return f"mode={attrs['mode'].s.decode()}"
+    return ""
+
+
 def check_operators(model: Any, opset: int) -> None:
     """Raise UnsupportedModel with every node that has no converter, those in subgraphs included."""
     known = onnx_frontend._get_convert_map()
     bad, hints = [], []
+    scalars = [t for t in model.graph.initializer if not t.dims or list(t.dims) == [1]]
+    constants = {t.name: bool(onnx.numpy_helper.to_array(t).reshape(-1)[0]) for t in scalars}
     for graph in graphs(model.graph):
         for node in graph.node:
             custom = node.domain not in ("", "ai.onnx")
-            if not custom and node.op_type in known and not quantised(node.op_type):
+            wrong = "" if custom else misread(node, constants)
+            if not custom and not wrong and node.op_type in known and not quantised(node.op_type):
                 continue
             op = f"{node.domain}.{node.op_type}" if custom else node.op_type
             version = (
                 next((o.version for o in model.opset_import if o.domain == node.domain), opset) if custom else opset
             )
+            op += f" with {wrong}" if wrong else ""
             bad.append(f"{op} (node '{node.name}', opset {version})")
             if quantised(node.op_type):
                 hints.append("export the float32 model instead of the quantised one")
@@ -187,7 +211,10 @@ def convert(model: Any, opset: int) -> tuple[Any, list[tuple[tuple[int, ...], st
             if isinstance(func, relax.Function):
                 rest.builder_.update_func(gv, rest.visit_expr(func))
         mod = rest.builder_.get()
-    return mod, _check_main(mod["main"])
+    results = _check_main(mod["main"])
+    if len(results) != len(model.graph.output):
+        raise UnsupportedModel("model: an output is a sequence of tensors; export it with tensors as outputs")
+    return mod, results
 
 
 def _check_main(main: Any) -> list[tuple[tuple[int, ...], str]]:

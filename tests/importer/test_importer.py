@@ -342,7 +342,7 @@ def test_bad_shape_options(shapes, batch, parts):
 
 
 def test_zero_and_negative_dimensions_in_the_model():
-    with pytest.raises(InvalidModel) as err:
+    with pytest.raises(UnsupportedModel) as err:
         importer.prepare_onnx(cnn(batch=0))
     one_line(err, "input 'x' (0,3,8,8): dimension 0 has size zero")
     with pytest.raises(UnboundShape):
@@ -461,7 +461,8 @@ def test_external_data_through_links_is_refused(tmp_path):
 
 
 def test_external_data_missing_truncated_or_inconsistent(tmp_path):
-    cases = [(dict(location="gone.data"), "no such file"), (dict(offset=400), "truncated"), (dict(length=8), "8 are in"),
+    cases = [(dict(location="gone.data"), "no such file"), (dict(offset=400), "truncated"),
+             (dict(length=8), "8 are in"),
              (dict(offset=-1), "offset '-1'"), (dict(length="many"), "length 'many'")]  # fmt: skip
     for entries, part in cases:
         with pytest.raises(InvalidModel) as err:
@@ -654,6 +655,28 @@ def test_all_unsupported_operators_are_listed_at_once():
     with pytest.raises(UnsupportedModel) as err:
         importer.load_model(model(many, {"m": [2, 2]}, {"y": None}))
     one_line(err, "(node 'd9', opset 17) and 4 more")
+
+
+@pytest.mark.parametrize(
+    ("node", "init", "part"),
+    [
+        (h.make_node("BatchNormalization", ["x", "k", "k", "k", "k"], ["y", "m", "v"], training_mode=1), {"k": f32(3)},
+         "BatchNormalization with training_mode=1"),
+        (h.make_node("Dropout", ["x", "r", "t"], ["y"]), {"r": np.float32(0.5), "t": np.array(True)}, "Dropout with"),
+        (h.make_node("ConvTranspose", ["x", "w"], ["y"], output_shape=[9, 9]), {"w": f32(3, 4, 2, 2)}, "output_shape"),
+        (h.make_node("LayerNormalization", ["x", "s"], ["y", "mean"]), {"s": f32(8)}, "Mean"),
+    ],
+)  # fmt: skip
+def test_what_tvm_would_misread_is_refused(node, init, part):
+    outputs = {o: None for o in node.output}
+    with pytest.raises(UnsupportedModel) as err:
+        importer.load_model(model([node], {"x": [1, 3, 8, 8]}, outputs, init))
+    one_line(err, "unsupported operators", part)
+
+
+def test_layer_normalization():
+    nodes = [h.make_node("LayerNormalization", ["x", "s", "b"], ["y", "unused"])]
+    same_numbers(model(nodes, {"x": [2, 3, 8]}, {"y": [2, 3, 8]}, {"s": f32(8), "b": f32(8)}))
 
 
 def test_quantised_models_are_refused():

@@ -1,0 +1,53 @@
+"""Fully connected layers of few rows against float64, with every kind of epilogue operand."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import tvm
+
+from skimtvm.schedules import dense
+from skimtvm.schedules.pointwise import Instr, Program
+from skimtvm.target import TARGETS
+from skimtvm.workload import DenseWorkload
+
+from .helpers import gamma
+
+SHAPES = [(1, 1, 1), (1, 9, 5), (1, 88, 100), (1, 40, 64), (1, 17, 129), (3, 33, 20), (7, 64, 70), (1, 70000, 3)]
+EPILOGUE = Program((Instr("add", ("t0", "c0")), Instr("add", ("v0", "t1")), Instr("maximum", ("v1", "s0"))), 2, 1, 0, (-0.5,))
+
+
+@pytest.mark.parametrize("cpu", ["znver4", "haswell"])
+@pytest.mark.parametrize("kernel,density", [("dense", 1.0), ("csr", 0.1), ("csr", 0.0), ("csr", 1.0)])
+@pytest.mark.parametrize("m,k,n", SHAPES)
+def test_matches_float64(m: int, k: int, n: int, kernel: str, density: float, cpu: str) -> None:
+    rng = np.random.default_rng(3)
+    x = rng.standard_normal((m, k)).astype(np.float32)
+    w = (rng.standard_normal((k, n)) * (rng.random((k, n)) < density)).astype(np.float32)
+    bias, residual = rng.standard_normal(n).astype(np.float32), rng.standard_normal((m, n)).astype(np.float32)
+    target = TARGETS[cpu]
+    built = dense.build(DenseWorkload(m, k, n), w, kernel, EPILOGUE, 1, target)
+    executable = tvm.compile(built.emit().with_attr("global_symbol", "main"), target=target.tvm())
+    arrays = [x.reshape(-1), *built.constants, bias, residual.reshape(-1), np.full(m * n, np.nan, np.float32)]
+    args = [tvm.runtime.tensor(np.ascontiguousarray(a)) for a in arrays]
+    executable["main"](*args)
+    exact = x.astype(np.float64) @ w + bias + residual
+    scale = np.abs(x).astype(np.float64) @ np.abs(w) + np.abs(bias) + np.abs(residual)
+    error = np.abs(args[-1].numpy().reshape(m, n) - np.maximum(exact, -0.5))
+    assert (error <= gamma(k) * scale).all(), error.max()
+
+
+def test_dense_streams_vectors_without_spills() -> None:
+    target = TARGETS["znver4"]
+    built = dense.build(DenseWorkload(1, 256, 256), np.ones((256, 256), np.float32), "dense", Program(), 0, target)
+    asm = tvm.compile(built.emit().with_attr("global_symbol", "main"), target=target.tvm()).mod.inspect_source("asm")
+    assert "zmm" in asm and len(re.findall(r"vmovups\s+%zmm\d+, -?\d*\(%rsp\)", asm)) == 0
+
+
+def test_csr_stores_six_bytes_a_nonzero() -> None:
+    rng = np.random.default_rng(0)
+    w = (rng.standard_normal((4096, 512)) * (rng.random((4096, 512)) < 0.1)).astype(np.float32)
+    built = dense.build(DenseWorkload(1, 4096, 512), w, "csr", Program(), 0, TARGETS["znver4"])
+    assert built.stored_bytes <= 6.3 * np.count_nonzero(w)
