@@ -20,74 +20,19 @@ from ..errors import InternalError
 Array = np.ndarray[Any, Any]
 
 # Elementwise operators of one tensor (further arguments are scalars): they commute with any reordering of elements.
-UNARY = frozenset(
-    [
-        "nn.relu",
-        "nn.relu6",
-        "nn.leakyrelu",
-        "nn.gelu",
-        "nn.gelu_tanh",
-        "nn.silu",
-        "nn.softplus",
-        "nn.selu",
-        "sigmoid",
-        "tanh",
-        "exp",
-        "log",
-        "sqrt",
-        "rsqrt",
-        "abs",
-        "negative",
-        "clip",
-        "erf",
-        "floor",
-        "ceil",
-        "round",
-        "sign",
-        "square",
-        "sin",
-        "cos",
-        "tan",
-        "sinh",
-        "cosh",
-        "asin",
-        "acos",
-        "atan",
-        "asinh",
-        "acosh",
-        "atanh",
-        "astype",
-        "isnan",
-        "isinf",
-        "isfinite",
-        "logical_not",
-        "bitwise_not",
-    ]
-)
+# fmt: off
+UNARY = frozenset((
+    "nn.relu", "nn.relu6", "nn.leakyrelu", "nn.gelu", "nn.gelu_tanh", "nn.silu", "nn.softplus", "nn.selu", "sigmoid", "tanh",
+    "exp", "log", "sqrt", "rsqrt", "abs", "negative", "clip", "erf", "floor", "ceil", "round", "sign", "square", "sin", "cos",
+    "tan", "sinh", "cosh", "asin", "acos", "atan", "asinh", "acosh", "atanh", "astype", "isnan", "isinf", "isfinite",
+    "logical_not", "bitwise_not",
+))
 # Elementwise operators of two tensors, with NumPy broadcasting.
-BINARY = frozenset(
-    [
-        "add",
-        "subtract",
-        "multiply",
-        "divide",
-        "floor_divide",
-        "power",
-        "maximum",
-        "minimum",
-        "mod",
-        "floor_mod",
-        "equal",
-        "not_equal",
-        "less",
-        "less_equal",
-        "greater",
-        "greater_equal",
-        "logical_and",
-        "logical_or",
-        "logical_xor",
-    ]
-)
+BINARY = frozenset((
+    "add", "subtract", "multiply", "divide", "floor_divide", "power", "maximum", "minimum", "mod", "floor_mod", "equal",
+    "not_equal", "less", "less_equal", "greater", "greater_equal", "logical_and", "logical_or", "logical_xor",
+))
+# fmt: on
 COMMUTATIVE = frozenset(("add", "multiply", "maximum", "minimum"))
 
 

@@ -18,7 +18,7 @@ from .simplify_noise import permutation
 
 def _shuffle(graph: Graph, var: Any, call: Any) -> Any:
     permute = graph.get(call.args[0])
-    split = graph.get(permute.args[0]) if op_name(permute) == "permute_dims" else None
+    split: Any = graph.get(permute.args[0]) if op_name(permute) == "permute_dims" else None
     if op_name(split) != "reshape":
         return None
     source, target = shape_of(split.args[0]), shape_of(var)

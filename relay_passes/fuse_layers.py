@@ -37,7 +37,9 @@ def anchor_kind(call: Any) -> str:
 def is_channel_shape(shape: tuple[int, ...], out: tuple[int, ...]) -> bool:
     """A shape that broadcasts to one value a channel of ``out`` (4-D: axis 1, 2-D: last axis)."""
     padded = (1,) * (len(out) - len(shape)) + shape
-    return len(shape) <= len(out) and all(d == (o if i == 1 else 1) for i, (d, o) in enumerate(zip(padded, out, strict=True)))
+    return len(shape) <= len(out) and all(
+        d == (o if i == 1 else 1) for i, (d, o) in enumerate(zip(padded, out, strict=True))
+    )
 
 
 def operand_kind(arg: Any, out: tuple[int, ...]) -> str:
@@ -91,12 +93,17 @@ class _Grouper:
             takeable = [
                 u
                 for u in candidates
-                if u not in self.owner and elementwise(self.graph.defs[u]) and shape_of(u) == shape and accept(u, members)
+                if u not in self.owner
+                and elementwise(self.graph.defs[u])
+                and shape_of(u) == shape
+                and accept(u, members)
             ]
             if not takeable:
                 break
             members[min(takeable, key=self.position.__getitem__)] = None
-            live = [m for m in members if m in self.results or any(u not in members for u in self.graph.users.get(m, ()))]
+            live = [
+                m for m in members if m in self.results or any(u not in members for u in self.graph.users.get(m, ()))
+            ]
             if len(live) == 1 and self._sink(live[0], members):
                 best = sorted(members, key=self.position.__getitem__)
         return best

@@ -8,9 +8,9 @@ from typing import Any
 
 import tvm
 from tvm import relax
+from tvm.relax.expr_functor import PyExprMutator, mutator
 
 from ..schedules import row_kernels as rows
-from ..schedules.generic import with_root_block
 from ..schedules.matmul import MatmulShape, matmul
 from ..schedules.row_kernels import Affine, Rows
 from ..target import CpuTarget
@@ -29,13 +29,11 @@ def legalize_rest(target: CpuTarget) -> tvm.transform.Pass:
         [
             relax.backend.DispatchSampling(),
             relax.backend.DispatchSortScan(),
+            LegalizePrimitiveViews(),
             relax.transform.LegalizeOps(custom_legalizations(target)),
             relax.transform.AnnotateTIROpPattern(),
             relax.transform.FuseOps(),
             relax.transform.FuseTIR(),
-            relax.transform.DeadCodeElimination(),
-            WrapKernels(),
-            relax.transform.RewriteDataflowReshape(),  # reshapes that nothing fused with become views
             relax.transform.DeadCodeElimination(),
             ScheduleRest(target),
         ]
@@ -49,16 +47,27 @@ def legalize_rest(target: CpuTarget) -> tvm.transform.Pass:
     return run
 
 
-@tvm.transform.module_pass(opt_level=0, name="WrapKernels")
-class WrapKernels:
-    """Give hand-written kernels (raw loop nests) the root block that RewriteDataflowReshape insists on."""
+@mutator
+class _Materialise(PyExprMutator):
+    """Lowers the operators of VIEWS to loops."""
+
+    def visit_call_(self, call: Any) -> Any:
+        call = self.visit_expr_post_order(call)
+        if isinstance(call.op, tvm.ir.Op) and call.op.name in VIEWS:
+            return call.op.get_attr("FLegalize")(self.builder_, call)
+        return call
+
+
+@tvm.transform.module_pass(opt_level=0, name="LegalizePrimitiveViews")
+class LegalizePrimitiveViews:
+    """Reshapes inside of functions with ``Primitive`` become elementwise copies: FuseTIR takes nothing but call_tir."""
 
     def transform_module(self, mod: tvm.ir.IRModule, _ctx: Any) -> tvm.ir.IRModule:
-        out = mod.clone()
+        change = _Materialise(mod)
         for gv, func in mod.functions_items():
-            if isinstance(func, tvm.tirx.PrimFunc):
-                out.update_func(gv, with_root_block(func))
-        return out
+            if isinstance(func, relax.Function) and func.attrs and func.attrs.get("Primitive"):
+                change.builder_.update_func(gv, change.visit_expr(func))
+        return change.builder_.get()
 
 
 def custom_legalizations(target: CpuTarget) -> dict[str, Legalizer]:

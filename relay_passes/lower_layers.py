@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from ..chooser import FEW_ROWS, Choice
 from ..layout import Phases, natural
 from ..report import LayerRecord
 from ..schedules import conv2d as conv
-from ..schedules import convert, dense, gather_gemm, lrn, pooling, reduce
+from ..schedules import dense, gather_gemm, moves
 from ..schedules.emit import finish, kernel_attrs
 from ..schedules.pointwise import Slot, emit_pointwise
 from ..target import CpuTarget
@@ -97,22 +98,29 @@ class _Lowering:
         place = self.plan.places[var]
         shape = nchw(var)
         goal = natural(*shape)
-        if place.channels is None and place.channel == 0 and place.root_layout.natural and place.layout == place.root_layout:
+        if (
+            place.channels is None
+            and place.channel == 0
+            and place.root_layout.natural
+            and place.layout == place.root_layout
+        ):
             flat = self.buffers[place.root]
         else:
-            source = self._slot(place)
-            flat = self._convert(place, source, Slot(goal, goal.size), self.name_of.get(var, var.name))
+            flat = self._convert(place, Slot(goal, goal.size), self.name_of.get(var, var.name))
         self.tensors[var] = self.bb.emit(relax.op.reshape(flat, shape_of(var)))
         return self.tensors[var]
 
-    def _convert(self, place: Place, source: Slot, goal: Slot, name: str) -> Any:
-        kwargs = {"src_size": source.size, "dst_size": goal.size, "target": self.target}
-        if place.channels is not None:
-            make = lambda: convert.emit_gather_channels(place.channels, place.root_layout, goal.layout, **kwargs)  # noqa: E731
-        else:
-            make = lambda: convert.emit_convert(source.layout, goal.layout, src_channel=source.channel, **kwargs)  # noqa: E731
-        key = ("convert", source, goal, place.channels)
-        record = LayerRecord(name, "layout", f"{goal.layout.n}x{goal.layout.c}x{goal.layout.h}x{goal.layout.w}")
+    def _convert(self, place: Place, goal: Slot, name: str) -> Any:
+        """A copy of a placed value in another layout."""
+        source, channels = self._slot(place), place.channels
+
+        def make() -> Any:
+            if channels is None:
+                return moves.emit_copy(source, goal, self.target)
+            return moves.emit_select(channels, Slot(place.root_layout, source.size), goal, self.target)
+
+        record = LayerRecord(name, "layout", _text(goal))
+        key = ("convert", source, goal, channels)
         return self._call(key, "f32_convert", make, [self.buffers[place.root]], goal.size, record)
 
     def _slot(self, place: Place) -> Slot:
@@ -135,16 +143,10 @@ class _Lowering:
             self.buffers[place.root] = buffer
             self.ready.add(var)
             return
-        goal = self._slot(place)
-        kwargs = {"src_size": source.size, "dst_size": goal.size, "dst_channel": goal.channel, "target": self.target}
-        record = LayerRecord(var.name, "layout", "x".join(map(str, nchw(var))))
+        src, dst = Slot(source, source.size), self._slot(place)
+        record = LayerRecord(var.name, "layout", _text(src))
         self._write(
-            var,
-            ("import", source, goal),
-            "f32_convert",
-            lambda: convert.emit_convert(source, goal.layout, **kwargs),
-            [buffer],
-            record,
+            var, ("copy", src, dst), "f32_convert", lambda: moves.emit_copy(src, dst, self.target), [buffer], record
         )
 
     # -- calls -------------------------------------------------------------------------------------------------------
@@ -154,7 +156,14 @@ class _Lowering:
         return self.kernels[key]
 
     def _call(
-        self, key: Any, name: str, make: Callable[[], Any], args: list[Any], size: int, record: LayerRecord, out: Any = None
+        self,
+        key: Any,
+        name: str,
+        make: Callable[[], Any],
+        args: list[Any],
+        size: int,
+        record: LayerRecord,
+        out: Any = None,
     ) -> Any:
         gv = self._function(key, name, make)
         ty = relax.TensorType((size,), "float32")
@@ -162,10 +171,14 @@ class _Lowering:
             call = relax.call_tir(gv, args, out_ty=ty)
         else:
             call = relax.op.call_tir_inplace(gv, [*args, out], inplace_indices=[len(args)], out_ty=ty)
-        self.calls.append((gv.name_hint, dataclasses.replace(record, kernel=record.kernel or name, symbol=gv.name_hint)))
+        self.calls.append(
+            (gv.name_hint, dataclasses.replace(record, kernel=record.kernel or name, symbol=gv.name_hint))
+        )
         return self.bb.emit(call)
 
-    def _write(self, key: Key, cache: Any, name: str, make: Callable[[], Any], args: list[Any], record: LayerRecord) -> None:
+    def _write(
+        self, key: Key, cache: Any, name: str, make: Callable[[], Any], args: list[Any], record: LayerRecord
+    ) -> None:
         """Call a kernel whose result is ``key``, into its own buffer or into a slice of its root's."""
         place = self.plan.places[key]
         size = place.root_layout.size
@@ -182,11 +195,10 @@ class _Lowering:
         """An uninitialised buffer that several kernels fill."""
 
         def make() -> Any:
-            with IRBuilder() as ib:
-                with B.prim_func(s_tir=True):
-                    kernel_attrs()
-                    B.arg("out", B.Buffer((size,), "float32"))
-                    B.evaluate(0)
+            with IRBuilder() as ib, B.prim_func(s_tir=True):
+                kernel_attrs()
+                B.arg("out", B.Buffer((size,), "float32"))
+                B.evaluate(0)
             return finish(ib)
 
         record = LayerRecord("concat", "allocate", str(size))
@@ -220,12 +232,9 @@ class _Lowering:
         if channels is None:
             return buffer, slot
         place = self.plan.places[var]
-        key = (var, "copy")
+        layout, key = place.layout, (var, "copy")
         if key not in self.buffers:
-            layout = dataclasses.replace(place.layout, tail=place.root_layout.tail)
-            goal = Slot(layout, layout.size)
-            self.buffers[key] = self._convert(place, slot, goal, var.name)
-        layout = dataclasses.replace(place.layout, tail=place.root_layout.tail)
+            self.buffers[key] = self._convert(place, Slot(layout, layout.size), var.name)
         return self.buffers[key], Slot(layout, layout.size)
 
     def _choice(self, layer: Layer) -> Choice:
@@ -234,10 +243,12 @@ class _Lowering:
     def _record(self, n: Node, op: str, **more: Any) -> LayerRecord:
         layer = n.layer
         epilogue = str(layer.program) if layer is not None else ""
-        return LayerRecord(self.name_of[n.var], op, str(n.workload or "x".join(map(str, nchw(n.var)))), epilogue=epilogue, **more)
+        return LayerRecord(
+            self.name_of[n.var], op, str(n.workload or "x".join(map(str, nchw(n.var)))), epilogue=epilogue, **more
+        )
 
-    def _channel_args(self, n: Node) -> tuple[list[Any], list[np.ndarray[Any, Any] | None]]:
-        """Relax arguments of the channel operands, and their arrays (None for a gate at batch 1)."""
+    def _channel_args(self, n: Node) -> list[Any]:
+        """Arguments of the channel operands: constants, or the values of a gate at batch 1."""
         assert n.layer is not None
         out: list[Any] = []
         for item in n.layer.channels:
@@ -246,11 +257,12 @@ class _Lowering:
                 out.append(self.bb.emit(relax.op.reshape(gate, (nchw(n.var)[1],))))
             else:
                 out.append(self._const(np.ascontiguousarray(item, np.float32)))
-        return out, []
+        return out
 
     def _lower_conv2d(self, n: Node) -> None:
         layer, wl, target = n.layer, n.workload, self.target
         assert layer is not None and layer.weight is not None
+        channels: tuple[int, ...] | None = None
         choice = self._choice(layer)
         x = n.inputs[0]
         phases = conv.phases(wl)
@@ -262,20 +274,28 @@ class _Lowering:
             elif channels is not None:
                 src = Slot(self.plan.places[x].root_layout, src.size, 0)
         else:
-            buffer, src, channels = *self._phases(x, phases, self.name_of[n.var]), None
+            buffer, src = self._phases(x, phases, self.name_of[n.var])
         dst = self._slot(self.plan.places[n.var])
         residuals = [self._contiguous(t) for t in n.inputs[1:]]
         weight = layer.weight if layer.weight.ndim == 4 else np.ascontiguousarray(layer.weight.T)[:, :, None, None]
         rows = 8 if choice.kernel == "dense" else choice.rows
         knobs = conv.default_knobs(wl, rows, choice.kernel == "dense", src, dst, target)
         kernel = conv.build(
-            wl, weight, src, dst, knobs, target, epilogue=layer.program, tensors=tuple(s for _, s in residuals), channels=channels
+            wl,
+            weight,
+            src,
+            dst,
+            knobs,
+            target,
+            epilogue=layer.program,
+            tensors=tuple(s for _, s in residuals),
+            channels=channels,
         )
         gemm = kernel.gemm
         fmt = "dense" if knobs.dense else "csr" if knobs.rows == 1 else "bsr"
         op = "dense" if layer.kind == "dense" else "depthwise_conv2d" if wl.groups == wl.c > 1 else "conv2d"
         name = f"f32_{fmt}_{op}_{knobs.rows}x{knobs.vectors * target.lanes}_{target.isa}"
-        args = [buffer, *(self._const(a) for a in kernel.constants), *self._channel_args(n)[0], *(b for b, _ in residuals)]
+        args = [buffer, *(self._const(a) for a in kernel.constants), *self._channel_args(n), *(b for b, _ in residuals)]
         record = self._record(
             n, op, kernel=name, reason=choice.reason, macs=wl.macs, nnz=int(np.count_nonzero(weight)), weights=weight.size,
             stored_bytes=kernel.stored_bytes,
@@ -291,16 +311,10 @@ class _Lowering:
             else:  # an ordinary tensor: split it where it lies
                 layout = natural(*nchw(x))
                 buffer, src = self.bb.emit(relax.op.reshape(self.tensors[x], (layout.size,))), Slot(layout, layout.size)
-            size = place.root_layout.size
-            record = LayerRecord(name, "split_phases", f"{'x'.join(map(str, nchw(x)))} s{phases.sy},{phases.sx}")
-
-            def make() -> Any:
-                return convert.emit_split_phases(
-                    phases, src.layout, place.layout, src_size=src.size, dst_size=size, src_channel=src.channel,
-                    target=self.target,
-                )  # fmt: skip
-
-            self._write(key, ("phases", phases, src, place.layout), "f32_split_phases", make, [buffer], record)
+            dst = self._slot(place)
+            record = LayerRecord(name, "split_phases", f"{_text(src)} s{phases.sy},{phases.sx}")
+            make = partial(moves.emit_phases, phases, src, dst, self.target)
+            self._write(key, ("phases", phases, src, dst), "f32_split_phases", make, [buffer], record)
         return self.buffers[place.root], self._slot(place)
 
     def _lower_fc(self, n: Node) -> None:
@@ -309,7 +323,7 @@ class _Lowering:
         choice = self._choice(layer)
         kernel = dense.build(wl, layer.weight, choice.kernel, layer.program, len(n.inputs) - 1, self.target)
         inputs = [self.bb.emit(relax.op.reshape(self.tensor(t), (int(np.prod(shape_of(t))),))) for t in n.inputs]
-        args = [inputs[0], *(self._const(a) for a in kernel.constants), *self._channel_args(n)[0], *inputs[1:]]
+        args = [inputs[0], *(self._const(a) for a in kernel.constants), *self._channel_args(n), *inputs[1:]]
         record = self._record(
             n, "dense", kernel=kernel.name, reason=choice.reason, macs=wl.macs, nnz=int(np.count_nonzero(layer.weight)),
             weights=layer.weight.size, stored_bytes=kernel.stored_bytes,
@@ -324,35 +338,34 @@ class _Lowering:
         slots = tuple(s for _, s in pairs)
         dst = self._slot(self.plan.places[n.var])
         sizes = [int(np.prod(shape_of(n.args[g]))) for g in layer.gates]
-        gates = [self.bb.emit(relax.op.reshape(self.tensor(n.args[g]), (s,))) for g, s in zip(layer.gates, sizes, strict=True)]
-        args = [*(b for b, _ in pairs), *self._channel_args(n)[0], *gates]
+        gates = [
+            self.bb.emit(relax.op.reshape(self.tensor(n.args[g]), (s,)))
+            for g, s in zip(layer.gates, sizes, strict=True)
+        ]
+        args = [*(b for b, _ in pairs), *self._channel_args(n), *gates]
         key = ("pointwise", layer.program, slots, dst)
         name = f"f32_pointwise_{target.isa}"
-        make = lambda: emit_pointwise(layer.program, slots, dst, target)  # noqa: E731
+        make = partial(emit_pointwise, layer.program, slots, dst, target)
         self._write(n.var, key, name, make, args, self._record(n, "pointwise"))
 
-    def _simple(self, n: Node, op: str, key: Any, emit: Callable[..., Any], *before: Any) -> None:
+    def _simple(self, n: Node, op: str, emit: Callable[[Slot, Slot], Any]) -> None:
         """Kernels with one source and one destination."""
         buffer, src = self._contiguous(n.inputs[0])
         dst = self._slot(self.plan.places[n.var])
-        kwargs = {
-            "src_size": src.size, "dst_size": dst.size, "src_channel": src.channel, "dst_channel": dst.channel,
-            "target": self.target,
-        }  # fmt: skip
-        make = lambda: emit(*before, src.layout, dst.layout, **kwargs)  # noqa: E731
-        self._write(n.var, (op, key, src, dst), f"f32_{op}_{self.target.isa}", make, [buffer], self._record(n, op))
+        name = f"f32_{op}_{self.target.isa}"
+        self._write(n.var, (op, n.workload, src, dst), name, lambda: emit(src, dst), [buffer], self._record(n, op))
 
     def _lower_pool(self, n: Node) -> None:
-        self._simple(n, f"{n.workload.kind}_pool2d", n.workload, pooling.emit_pool, n.workload)
+        self._simple(n, f"{n.workload.kind}_pool2d", lambda s, d: moves.emit_pool(n.workload, s, d, self.target))
 
     def _lower_lrn(self, n: Node) -> None:
-        self._simple(n, "lrn", n.workload, lrn.emit_lrn, n.workload)
+        self._simple(n, "lrn", lambda s, d: moves.emit_lrn(n.workload, s, d, self.target))
 
     def _lower_mean(self, n: Node) -> None:
         buffer, src = self._contiguous(n.inputs[0])
         layout = natural(*nchw(n.inputs[0])[:2], 1, 1)
-        kwargs = {"src_size": src.size, "dst_size": layout.size, "src_channel": src.channel, "target": self.target}
-        make = lambda: reduce.emit_global_pool("avg", src.layout, layout, **kwargs)  # noqa: E731
+        dst = Slot(layout, layout.size)
+        make = lambda: moves.emit_global_avg_pool(src, dst, self.target)
         record = self._record(n, "global_avg_pool")
         flat = self._call(("mean", src), f"f32_global_avg_pool_{self.target.isa}", make, [buffer], layout.size, record)
         self.tensors[n.var] = self.bb.emit(relax.op.reshape(flat, shape_of(n.var)))
@@ -379,14 +392,16 @@ class _Lowering:
             layout = natural(*nchw(part))
             buffer, src = self.bb.emit(relax.op.reshape(self.tensors[part], (layout.size,))), Slot(layout, layout.size)
         dst = Slot(dataclasses.replace(place.root_layout, c=c), place.root_layout.size, first)
-        kwargs = {
-            "src_size": src.size, "dst_size": dst.size, "src_channel": src.channel, "dst_channel": first, "target": self.target,
-        }  # fmt: skip
         if place.root not in self.buffers:
             self.buffers[place.root] = self._allocate(place.root_layout.size)
-        make = lambda: convert.emit_convert(src.layout, dst.layout, **kwargs)  # noqa: E731
-        record = LayerRecord(self.name_of[n.var], "concat_copy", "x".join(map(str, nchw(part))))
-        out = self._call(
-            ("copy", src, dst), "f32_convert", make, [buffer], place.root_layout.size, record, out=self.buffers[place.root]
+        record = LayerRecord(self.name_of[n.var], "concat_copy", _text(src))
+        make = lambda: moves.emit_copy(src, dst, self.target)
+        old = self.buffers[place.root]
+        self.buffers[place.root] = self._call(
+            ("copy", src, dst), "f32_convert", make, [buffer], dst.size, record, out=old
         )
-        self.buffers[place.root] = out
+
+
+def _text(slot: Slot) -> str:
+    lay = slot.layout
+    return f"{lay.n}x{lay.c}x{lay.h}x{lay.w}"

@@ -84,18 +84,28 @@ def _layer(graph: Graph, var: Any, call: Any, few_rows: int) -> Node:
         kind = "conv2d" if layer.kind == "conv2d" else "pointwise"
         return Node(kind, var, [args[i] for i in layer.inputs], layer, layer.workload, args=args)
     if attrs.get("skim.op") == "lrn" and is_activation(args[0]):
-        wl = LRNWorkload(int(attrs["size"]), float(attrs["alpha"]), float(attrs["beta"]), float(attrs["bias"]))
-        return Node("lrn", var, [args[0]], workload=wl)
+        window = LRNWorkload(int(attrs["size"]), float(attrs["alpha"]), float(attrs["beta"]), float(attrs["bias"]))
+        return Node("lrn", var, [args[0]], workload=window)
     return Node("opaque", var)
 
 
 def _split_part(graph: Graph, var: Any, item: Any) -> Node:
     source = graph.get(item.tuple_value)
-    if op_name(source) != "split" or not is_activation(var) or int(source.attrs.axis) % 4 != 1 or is_const(source.args[0]):
+    if (
+        op_name(source) != "split"
+        or not is_activation(var)
+        or int(source.attrs.axis) % 4 != 1
+        or is_const(source.args[0])
+    ):
         return Node("opaque", var)
     parts = [int(t.shape.values[1]) for t in source.ty.fields]
     first = sum(parts[: item.index])
     return Node("view", var, [source.args[0]], channels=tuple(range(first, first + parts[item.index])))
+
+
+def _pair(values: Any) -> tuple[int, int]:
+    first, *rest = ints(values)
+    return first, (rest[0] if rest else first)
 
 
 def _pool(kind: str) -> Any:
@@ -105,8 +115,7 @@ def _pool(kind: str) -> Any:
             return None
         pads = _padding(ints(a.padding))
         include = kind == "avg" and bool(a.count_include_pad)
-        pool_size, strides, dilation = ints(a.pool_size), ints(a.strides), ints(a.dilation)
-        wl = PoolWorkload(kind, tuple(pool_size), tuple(strides), tuple(dilation), pads, include)
+        wl = PoolWorkload(kind, _pair(a.pool_size), _pair(a.strides), _pair(a.dilation), pads, include)
         return Node("pool", var, [call.args[0]], workload=wl)
 
     return handler
@@ -130,7 +139,13 @@ def _concat(var: Any, call: Any) -> Node | None:
 
 def _take(var: Any, call: Any) -> Node | None:
     x, index = call.args[0], call.args[1]
-    if not is_activation(x) or is_const(x) or not is_const(index) or call.attrs.axis is None or len(shape_of(index)) != 1:
+    if (
+        not is_activation(x)
+        or is_const(x)
+        or not is_const(index)
+        or call.attrs.axis is None
+        or len(shape_of(index)) != 1
+    ):
         return None
     if int(call.attrs.axis) % 4 != 1:
         return None

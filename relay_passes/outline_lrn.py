@@ -37,9 +37,9 @@ def _match(graph: Graph, call: Any) -> dict[str, Any] | None:
     if power is None or shifted is None or scaled is None:
         return None
     squeezed = graph.get(scaled[0])
-    pool = graph.get(squeezed.args[0]) if op_name(squeezed) in _SHAPE_OPS else None
-    expanded = graph.get(pool.args[0]) if op_name(pool) in ("nn.avg_pool3d", "nn.avg_pool2d") else None
-    square = graph.get(expanded.args[0]) if op_name(expanded) in _SHAPE_OPS else None
+    pool: Any = graph.get(squeezed.args[0]) if op_name(squeezed) in _SHAPE_OPS else None
+    expanded: Any = graph.get(pool.args[0]) if op_name(pool) in ("nn.avg_pool3d", "nn.avg_pool2d") else None
+    square: Any = graph.get(expanded.args[0]) if op_name(expanded) in _SHAPE_OPS else None
     if op_name(square) != "multiply" or not all(a.same_as(x) for a in square.args):
         return None
     size, *rest = ints(pool.attrs.pool_size)

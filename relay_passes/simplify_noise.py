@@ -142,11 +142,12 @@ def _neutral(graph: Graph, var: Any, call: Any) -> Any:
     unit = 0 if name in ("add", "subtract") else 1
     if bool(np.all(numbers == unit)):
         return data if shape_of(data) == shape_of(var) else None
-    if name != "power" or scalar(other) is None or shape_of(data) != shape_of(var):
+    if name != "power" or shape_of(data) != shape_of(var):
         return None
-    return {2.0: lambda: relax.op.multiply(data, data), 0.5: lambda: relax.op.sqrt(data)}.get(
-        scalar(other), lambda: None
-    )()
+    exponent = scalar(other)
+    if exponent == 2.0:
+        return relax.op.multiply(data, data)
+    return relax.op.sqrt(data) if exponent == 0.5 else None
 
 
 def _identity_slice(graph: Graph, var: Any, call: Any) -> Any:

@@ -10,7 +10,7 @@ permute_dims never grows: if it would, the graph is left as it was.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -240,40 +240,41 @@ def _up(graph: Graph, var: Any, call: Any) -> Any:
     """permute_dims(preprocessing(input)) -> preprocessing(permute_dims(input))."""
     axes = permutation(call)
     back = inverse(axes)
-    steps: list[Callable[[Any], Any]] = []
+    steps: list[tuple[Any, Any]] = []  # an operator and its constant, transposed
     current = call.args[0]
     while not graph.is_param(current):
         step = graph.get(current)
         name = op_name(step)
         if not graph.single_use(current):
             return None
-        if name in UNARY:
-            steps.append(lambda y, s=step: like(s, [y, *list(s.args)[1:]]))
-            current = step.args[0]
-        elif name == "nn.pad":
-            steps.append(lambda y, s=step: _move_pad(s, y, back))
+        if name in UNARY or name == "nn.pad":
+            steps.append((step, None))
             current = step.args[0]
         elif name in BINARY and is_const(step.args[0]) != is_const(step.args[1]):
-            at = 1 if is_const(step.args[1]) else 0
-            current, numbers = step.args[1 - at], step.args[at]
+            current, numbers = step.args if is_const(step.args[1]) else (step.args[1], step.args[0])
             moved = _untransposed(graph, numbers, back)
             if moved is None or shape_of(current) != shape_of(call.args[0]):
                 return None
-            steps.append(lambda y, s=step, m=moved, at=at: like(s, [y, m] if at else [m, y]))
+            steps.append((step, moved))
         else:
             return None
     if not steps:
         return None
     result = relax.op.permute_dims(current, axes)
-    for rebuild in reversed(steps):
-        result = rebuild(result)
+    for step, moved in reversed(steps):
+        if op_name(step) == "nn.pad":
+            result = _move_pad(step, result, back)
+        elif moved is None:
+            result = like(step, [result, *list(step.args)[1:]])
+        else:
+            result = like(step, [result, moved] if is_const(step.args[1]) else [moved, result])
     return result
 
 
 def _flatten_dense(graph: Graph, var: Any, call: Any) -> Any:
     """matmul(reshape(permute_dims(x)), W): the rows of W take the order of x."""
     flat = graph.get(call.args[0])
-    permute = graph.get(flat.args[0]) if op_name(flat) == "reshape" else None
+    permute: Any = graph.get(flat.args[0]) if op_name(flat) == "reshape" else None
     if op_name(permute) != "permute_dims" or not is_const(call.args[1]) or len(shape_of(call.args[1])) != 2:
         return None
     source, axes = shape_of(permute.args[0]), permutation(permute)

@@ -11,7 +11,9 @@ from ..errors import InternalError
 from ..report import LayerRecord
 
 
-def verify_lowered(mod: tvm.IRModule, calls: list[tuple[str, LayerRecord]]) -> tuple[tuple[LayerRecord, ...], tuple[int, ...]]:
+def verify_lowered(
+    mod: tvm.IRModule, calls: list[tuple[str, LayerRecord]]
+) -> tuple[tuple[LayerRecord, ...], tuple[int, ...]]:
     """Layer records, and for each kernel call in execution order the index of its record.
 
     Raises InternalError when an operator was not lowered, a function is unscheduled, or a lowered layer is missing.
@@ -21,7 +23,7 @@ def verify_lowered(mod: tvm.IRModule, calls: list[tuple[str, LayerRecord]]) -> t
         waiting[symbol].append(record)
     records: list[LayerRecord] = []
     order: list[int] = []
-    aliases = {"reshape", "call_tir", "call_tir_inplace", "memory.view"}
+    aliases = {"reshape", "memory.view"}
     for block in mod["main"].body.blocks:
         for binding in block.bindings:
             value = binding.value

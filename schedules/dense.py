@@ -73,7 +73,9 @@ class _Args:
         store(self.out, self.program.evaluate(operands, lanes), m * self.wl.n + n, lanes, mask)
 
 
-def _dense(wl: DenseWorkload, weight: npt.NDArray[np.float32], epilogue: Program, tensors: int, target: CpuTarget) -> FcKernel:
+def _dense(
+    wl: DenseWorkload, weight: npt.NDArray[np.float32], epilogue: Program, tensors: int, target: CpuTarget
+) -> FcKernel:
     lanes = target.lanes
     vectors = max(1, min(4, (target.registers - 6) // wl.m, -(-wl.n // lanes)))
     width = vectors * lanes
@@ -84,47 +86,48 @@ def _dense(wl: DenseWorkload, weight: npt.NDArray[np.float32], epilogue: Program
     packed = np.ascontiguousarray(padded.reshape(wl.k, blocks, width).transpose(1, 0, 2)).reshape(-1)
 
     def emit() -> Any:
-        with IRBuilder() as ib:
-            with B.prim_func(s_tir=True):
-                kernel_attrs()
-                x = B.arg("x", B.Buffer((wl.m * wl.k,), "float32"))
-                w = B.arg("w", B.Buffer((packed.size,), "float32"))
-                args = _Args(wl, epilogue, tensors)
+        with IRBuilder() as ib, B.prim_func(s_tir=True):
+            kernel_attrs()
+            x = B.arg("x", B.Buffer((wl.m * wl.k,), "float32"))
+            w = B.arg("w", B.Buffer((packed.size,), "float32"))
+            args = _Args(wl, epilogue, tensors)
 
-                def block(b: Any, columns: int) -> None:
-                    used = -(-columns // lanes)
-                    acc = [B.alloc_buffer((used * lanes,), "float32") for _ in range(wl.m)]
+            def block(b: Any, columns: int) -> None:
+                used = -(-columns // lanes)
+                acc = [B.alloc_buffer((used * lanes,), "float32") for _ in range(wl.m)]
+                for m in range(wl.m):
+                    for v in range(used):
+                        store(acc[m], broadcast(B.float32(0), lanes), v * lanes, lanes)
+                with loop(wl.k) as k:
+                    ws = [B.bind(vector(w, (b * wl.k + k) * width + v * lanes, lanes)) for v in range(used)]
                     for m in range(wl.m):
+                        value = broadcast(x[m * wl.k + k], lanes)
                         for v in range(used):
-                            store(acc[m], broadcast(B.float32(0), lanes), v * lanes, lanes)
-                    with loop(wl.k) as k:
-                        ws = [B.bind(vector(w, (b * wl.k + k) * width + v * lanes, lanes)) for v in range(used)]
-                        for m in range(wl.m):
-                            value = broadcast(x[m * wl.k + k], lanes)
-                            for v in range(used):
-                                store(acc[m], vector(acc[m], v * lanes, lanes) + value * ws[v], v * lanes, lanes)
-                    for m in range(wl.m):
-                        for v in range(used):
-                            active = min(lanes, columns - v * lanes)
-                            mask = lane_mask(lanes, active) if active < lanes else None
-                            args.finish(vector(acc[m], v * lanes, lanes), m, b * width + v * lanes, lanes, mask)
+                            store(acc[m], vector(acc[m], v * lanes, lanes) + value * ws[v], v * lanes, lanes)
+                for m in range(wl.m):
+                    for v in range(used):
+                        active = min(lanes, columns - v * lanes)
+                        mask = lane_mask(lanes, active) if active < lanes else None
+                        args.finish(vector(acc[m], v * lanes, lanes), m, b * width + v * lanes, lanes, mask)
 
-                with B.parallel(0, blocks) as b:
-                    if rest and full:
-                        with B.If(b < full):
-                            with B.Then():
-                                block(b, width)
-                            with B.Else():
-                                block(b, rest)
-                    else:
-                        block(b, width if full else rest)
+            with B.parallel(0, blocks) as b:
+                if rest and full:
+                    with B.If(b < full):
+                        with B.Then():
+                            block(b, width)
+                        with B.Else():
+                            block(b, rest)
+                else:
+                    block(b, width if full else rest)
         return finish(ib)
 
     name = f"f32_dense_fc_{wl.m}x{width}_{target.isa}"
     return FcKernel(name, ("fc", wl, epilogue, tensors), (packed,), packed.nbytes, emit)
 
 
-def _csr(wl: DenseWorkload, weight: npt.NDArray[np.float32], epilogue: Program, tensors: int, target: CpuTarget) -> FcKernel:
+def _csr(
+    wl: DenseWorkload, weight: npt.NDArray[np.float32], epilogue: Program, tensors: int, target: CpuTarget
+) -> FcKernel:
     rows, cols = np.nonzero(weight.T)
     counts = np.bincount(rows, minlength=wl.n)
     padded = np.array([round_up(int(c), SUMS) for c in counts])
@@ -143,35 +146,34 @@ def _csr(wl: DenseWorkload, weight: npt.NDArray[np.float32], epilogue: Program, 
     dtype = str(np.dtype(index_type))
 
     def emit() -> Any:
-        with IRBuilder() as ib:
-            with B.prim_func(s_tir=True):
-                kernel_attrs()
-                x = B.arg("x", B.Buffer((wl.m * wl.k,), "float32"))
-                ips = B.arg("ip", B.Buffer((wl.n + 1,), "int32"))
-                entries = B.int64()
-                idx = B.match_buffer(B.arg("index_p", B.handle()), (entries,), dtype)
-                val = B.match_buffer(B.arg("data_p", B.handle()), (entries,), "float32")
-                cuts = B.arg("cut", B.Buffer((chunks + 1,), "int32"))
-                args = _Args(wl, epilogue, tensors)
-                with B.parallel(0, chunks) as chunk:
-                    first = B.bind(cuts[chunk])
-                    with B.serial(0, cuts[chunk + 1] - first) as i:
-                        n = B.bind(first + i)
-                        start = B.bind(ips[n])
-                        groups = B.bind((ips[n + 1] - start) // SUMS)
-                        for m in range(wl.m):
-                            acc = [B.alloc_buffer((1,), "float32") for _ in range(SUMS)]
-                            for a in acc:
-                                B.buffer_store(a, B.float32(0), [0])
-                            with B.serial(0, groups) as g:
-                                p = B.bind(start + g * SUMS)
-                                for j, a in enumerate(acc):
-                                    column = B.cast(idx[p + j], "int32")
-                                    B.buffer_store(a, a[0] + val[p + j] * x[m * wl.k + column], [0])
-                            sums = [a[0] for a in acc]
-                            while len(sums) > 1:
-                                sums = [a + b for a, b in zip(sums[::2], sums[1::2], strict=True)]
-                            args.finish(sums[0], m, n, 1)
+        with IRBuilder() as ib, B.prim_func(s_tir=True):
+            kernel_attrs()
+            x = B.arg("x", B.Buffer((wl.m * wl.k,), "float32"))
+            ips = B.arg("ip", B.Buffer((wl.n + 1,), "int32"))
+            entries = B.int64()
+            idx = B.match_buffer(B.arg("index_p", B.handle()), (entries,), dtype)
+            val = B.match_buffer(B.arg("data_p", B.handle()), (entries,), "float32")
+            cuts = B.arg("cut", B.Buffer((chunks + 1,), "int32"))
+            args = _Args(wl, epilogue, tensors)
+            with B.parallel(0, chunks) as chunk:
+                first = B.bind(cuts[chunk])
+                with B.serial(0, cuts[chunk + 1] - first) as i:
+                    n = B.bind(first + i)
+                    start = B.bind(ips[n])
+                    groups = B.bind((ips[n + 1] - start) // SUMS)
+                    for m in range(wl.m):
+                        acc = [B.alloc_buffer((1,), "float32") for _ in range(SUMS)]
+                        for a in acc:
+                            B.buffer_store(a, B.float32(0), [0])
+                        with B.serial(0, groups) as g:
+                            p = B.bind(start + g * SUMS)
+                            for j, a in enumerate(acc):
+                                column = B.cast(idx[p + j], "int32")
+                                B.buffer_store(a, a[0] + val[p + j] * x[m * wl.k + column], [0])
+                        sums = [a[0] for a in acc]
+                        while len(sums) > 1:
+                            sums = [a + b for a, b in zip(sums[::2], sums[1::2], strict=True)]
+                        args.finish(sums[0], m, n, 1)
         return finish(ib)
 
     name = f"f32_csr_fc_{wl.m}x1_{target.isa}"

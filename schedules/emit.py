@@ -76,7 +76,9 @@ class Pixels:
     layout all images together. The last vector is masked where the layout has no room behind it (natural).
     """
 
-    def __init__(self, layout: Layout, base: int, out: Expr, target: CpuTarget, others: tuple[Layout, ...] = ()) -> None:
+    def __init__(
+        self, layout: Layout, base: int, out: Expr, target: CpuTarget, others: tuple[Layout, ...] = ()
+    ) -> None:
         self.layout, self.base, self.out, self.lanes = layout, base, out, target.lanes
         everything = (layout, *others)
         self.one_pitch = len({o.row_pitch for o in everything}) == 1

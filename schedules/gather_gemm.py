@@ -248,7 +248,9 @@ class _Body:
                 value = self.epilogue.evaluate(operands, lanes)
                 if self.mask is not None:
                     index = B.Ramp(q + v * lanes, 1, lanes)
-                    value = B.Select(self.mask[index] != B.Broadcast(B.int32(0), lanes), value, broadcast(B.float32(0), lanes))
+                    value = B.Select(
+                        self.mask[index] != B.Broadcast(B.int32(0), lanes), value, broadcast(B.float32(0), lanes)
+                    )
                 store(self.out, value, outs[i][v], lanes)
         if self.mask is not None:
             self._zero_edges(row, rows, edges, total)
@@ -262,10 +264,8 @@ class _Body:
         ):
             if edges[where] is None or not count:
                 continue
-            with B.If(edges[where] == tile):
-                with B.Then():
-                    with loop(rows) as i:
-                        zeros(self.out, dst.base + (row + i) * lay.c_pitch + start, count, self.lanes)
+            with B.If(edges[where] == tile), B.Then(), loop(rows) as i:
+                zeros(self.out, dst.base + (row + i) * lay.c_pitch + start, count, self.lanes)
 
 
 def emit(gemm: Gemm, target: CpuTarget) -> Any:
@@ -274,8 +274,7 @@ def emit(gemm: Gemm, target: CpuTarget) -> Any:
     ``cut`` int32[chunks + 1 for each run]: first row group of each chunk; ``mask`` int32[vectors * lanes] (-1 where a
     position is a pixel) only when the gaps of the output must be zero.
     """
-    with IRBuilder() as ib:
-        with B.prim_func(s_tir=True):
-            kernel_attrs()
-            _Body(gemm, target).emit()
+    with IRBuilder() as ib, B.prim_func(s_tir=True):
+        kernel_attrs()
+        _Body(gemm, target).emit()
     return finish(ib)

@@ -236,13 +236,6 @@ def schedule_simple(sch: s_tir.Schedule, block: Any) -> str:
     return "serial"
 
 
-def with_root_block(func: tirx.PrimFunc) -> tirx.PrimFunc:
-    """Put a raw loop nest into a root block; TVM's RewriteDataflowReshape aborts on functions without one."""
-    if isinstance(func.body, s_tir.SBlockRealize):
-        return func
-    return func.with_body(s_tir.SBlockRealize([], True, s_tir.SBlock([], [], [], "root", func.body)))
-
-
 def _loads_of(info: BlockInfo, buffer: Any) -> int:
     return sum(1 for a in info.accesses if not a.store and a.buffer.same_as(buffer))
 

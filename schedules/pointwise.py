@@ -164,22 +164,21 @@ def emit_pointwise(program: Program, tensors: tuple[Slot, ...], dst: Slot, targe
     has no room for that (natural), where the last vector of a plane is masked.
     """
     lay, lanes = dst.layout, target.lanes
-    with IRBuilder() as ib:
-        with B.prim_func(s_tir=True):
-            kernel_attrs()
-            ts = [B.arg(f"t{i}", B.Buffer((s.size,), "float32")) for i, s in enumerate(tensors)]
-            cs = [B.arg(f"c{i}", B.Buffer((lay.c,), "float32")) for i in range(program.channels)]
-            gs = [B.arg(f"g{i}", B.Buffer((lay.n * lay.c,), "float32")) for i in range(program.gates)]
-            out = B.arg("out", B.Buffer((dst.size,), "float32"))
-            pixels = Pixels(dst.layout, dst.base, out, target, others=tuple(s.layout for s in tensors))
-            with B.parallel(0, lay.c) as c:
-                consts = {f"c{i}": broadcast(b[c], lanes) for i, b in enumerate(cs)}
-                pixels.zero_outside(c)
-                for n, y, x, mask in pixels.vectors(c, per_image=bool(program.gates)):
-                    operands = dict(consts)
-                    for i, (s, b) in enumerate(zip(tensors, ts, strict=True)):
-                        operands[f"t{i}"] = vector(b, s.at(c, n, y, x), lanes, mask)
-                    for i, b in enumerate(gs):
-                        operands[f"g{i}"] = broadcast(b[n * lay.c + c], lanes)
-                    store(out, program.evaluate(operands, lanes), dst.at(c, n, y, x), lanes, mask)
+    with IRBuilder() as ib, B.prim_func(s_tir=True):
+        kernel_attrs()
+        ts = [B.arg(f"t{i}", B.Buffer((s.size,), "float32")) for i, s in enumerate(tensors)]
+        cs = [B.arg(f"c{i}", B.Buffer((lay.c,), "float32")) for i in range(program.channels)]
+        gs = [B.arg(f"g{i}", B.Buffer((lay.n * lay.c,), "float32")) for i in range(program.gates)]
+        out = B.arg("out", B.Buffer((dst.size,), "float32"))
+        pixels = Pixels(dst.layout, dst.base, out, target, others=tuple(s.layout for s in tensors))
+        with B.parallel(0, lay.c) as c:
+            consts = {f"c{i}": broadcast(b[c], lanes) for i, b in enumerate(cs)}
+            pixels.zero_outside(c)
+            for n, y, x, mask in pixels.vectors(c, per_image=bool(program.gates)):
+                operands = dict(consts)
+                for i, (s, b) in enumerate(zip(tensors, ts, strict=True)):
+                    operands[f"t{i}"] = vector(b, s.at(c, n, y, x), lanes, mask)
+                for i, b in enumerate(gs):
+                    operands[f"g{i}"] = broadcast(b[n * lay.c + c], lanes)
+                store(out, program.evaluate(operands, lanes), dst.at(c, n, y, x), lanes, mask)
     return finish(ib)

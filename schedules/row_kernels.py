@@ -147,7 +147,6 @@ def _multiply(a: Expr, b: Expr) -> Expr:
 
 
 def _max(a: Expr, b: Expr) -> Expr:
-    # NaN in b (the data) wins: Select keeps the operand whose comparison fails
     return tirx.Select(a > b, a, b)
 
 
@@ -210,10 +209,12 @@ def _softmax_row(vec: _Vectors, rows: Rows, flat: list[Any], row: Expr, log: boo
 
     total = vec.accumulate(rows.length, 0.0, _add, exponential)
     if log:
-        shift = B.bind(top + vector_math.log(total))
+        shift = B.bind(vector_math.log(total))
         vec.sweep(
             rows.length,
-            lambda at, rest, _: vec.store(y, vec.load(x, base + at, rest) - vec.splat(shift), base + at, rest),
+            lambda at, rest, _: vec.store(
+                y, vec.load(x, base + at, rest) - vec.splat(top) - vec.splat(shift), base + at, rest
+            ),
         )
     else:
         scale = B.bind(B.float32(1.0) / total)
@@ -241,11 +242,11 @@ def _softmax_column(vec: _Vectors, rows: Rows, flat: list[Any], task: Expr, log:
         at = B.bind(first + i * rows.inner)
         value = B.bind(vector_math.exp(vec.load(x, at, rest, 0.0) - top[whole]))
         B.buffer_store(total, total[whole] + value, [whole])
-    shift = B.bind(vector_math.log(total[whole]) + top[whole] if log else vec.constant(1.0) / total[whole])
+    shift = B.bind(vector_math.log(total[whole]) if log else vec.constant(1.0) / total[whole])
     with B.serial(0, rows.length) as i:
         at = B.bind(first + i * rows.inner)
         value = B.bind(vec.load(x, at, rest, 0.0))
-        vec.store(y, value - shift if log else vector_math.exp(value - top[whole]) * shift, at, rest)
+        vec.store(y, value - top[whole] - shift if log else vector_math.exp(value - top[whole]) * shift, at, rest)
 
 
 def reduce(shape: Sequence[int], out_shape: Sequence[int], rows: Rows, kind: str, target: CpuTarget) -> tirx.PrimFunc:

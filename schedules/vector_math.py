@@ -187,7 +187,7 @@ def sqrt(x: Expr) -> Expr:
 def power(x: Expr, y: Expr | float) -> Expr:
     """x**y with the special values of C's ``pow``.
 
-    A constant ``y`` that is a multiple of 1/4 up to 8 becomes multiplications and square roots (x**-0.75 is the
+    A constant ``y`` that is a multiple of 1/4 from -4 to 8 becomes multiplications and square roots (x**-0.75 is the
     exponent of local response normalisation); everything else is computed in float64.
     """
     exponent = _constant_value(y)
@@ -196,7 +196,7 @@ def power(x: Expr, y: Expr | float) -> Expr:
         return _let(x, lambda v: _let(y, lambda w: _pow(v, w)))
     if exponent == 0.0:
         return _const(1.0, x)
-    if abs(exponent) <= 8 and exponent * 4 == int(exponent * 4):
+    if -4 <= exponent <= 8 and exponent * 4 == int(exponent * 4):
         return _let(x, lambda v: _power_by_roots(v, exponent))
     return _let(x, lambda v: _pow(v, _const(exponent, v)))
 
@@ -210,6 +210,8 @@ def _constant_value(y: Expr | float) -> float | None:
 
 
 def _power_by_roots(x: Expr, exponent: float) -> Expr:
+    if exponent <= -1:  # invert first: the power of 1 / x underflows gradually where 1 / power would be 1 / inf
+        return _let(_const(1.0, x) / x, lambda inverse: _power_by_roots(inverse, -exponent))
     quarters = int(abs(exponent) * 4)
     whole, rest = divmod(quarters, 4)
     factors: list[Expr] = []

@@ -47,9 +47,9 @@ class PreparedOnnx:
 
 @dataclass(frozen=True)
 class ImportedModel:
-    """``mod``: module whose Relax function ``main`` has static shapes and one dataflow block (TVM imports a few operators,
-    e.g. Pad, as call_tir of a PrimFunc beside it); its parameters are
-    ``inputs`` in order (names made into identifiers), its result is ``outputs`` (a tuple if there are several)."""
+    """``mod``: module whose Relax function ``main`` has static shapes and one dataflow block; TVM imports a few
+    operators (Pad) as call_tir of a PrimFunc beside it. The parameters of ``main`` are ``inputs`` in order, with names
+    made into identifiers; its result is ``outputs``, a tuple if there are several."""
 
     mod: Any  # tvm.ir.IRModule
     inputs: tuple[TensorSpec, ...]

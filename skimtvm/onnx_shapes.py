@@ -217,7 +217,7 @@ def _label(node: Any) -> str:
     return f"{node.op_type} node '{node.name or node.output[0]}'"
 
 
-def _retarget(  # noqa: PLR0917
+def _retarget(
     model: Any,
     node: Any,
     k: int,

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tvm
 from tvm import relax
@@ -52,24 +53,27 @@ class _Dump:
         self.index += 1
 
 
-def choose_kernels(
-    mod: tvm.IRModule, threshold: float | None, force: dict[str, str]
-) -> dict[str, Choice]:
+def choose_kernels(mod: tvm.IRModule, threshold: float | None, force: dict[str, str]) -> dict[str, Choice]:
     """Choice for every convolution and dense layer of a fused module, by layer name."""
     choices: dict[str, Choice] = {}
     for func in mod.functions.values():
-        if not isinstance(func, relax.Function) or not func.attrs or func.attrs.get("skim.kind") not in ("conv2d", "dense"):
+        if (
+            not isinstance(func, relax.Function)
+            or not func.attrs
+            or func.attrs.get("skim.kind") not in ("conv2d", "dense")
+        ):
             continue
         layer = read_layer(func)
         assert layer.weight is not None and layer.workload is not None
-        conv = isinstance(layer.workload, ConvWorkload)
-        stats = analyse(layer.weight if conv else layer.weight.T, layer.workload.groups if conv else 1)
+        if isinstance(layer.workload, ConvWorkload):
+            stats = analyse(layer.weight, layer.workload.groups)
+        else:
+            stats = analyse(layer.weight.T)
         choices[layer.name] = choose(layer.name, layer.workload, stats, threshold=threshold, force=force)
     unknown = sorted(set(force) - set(choices))
     if unknown:
-        raise InvalidOption(
-            f"--force {unknown[0]}: no such layer; layers are {', '.join(sorted(choices)[:12])}{' ...' if len(choices) > 12 else ''}"
-        )
+        known = ", ".join(sorted(choices)[:12]) + (" ..." if len(choices) > 12 else "")
+        raise InvalidOption(f"--force {unknown[0]}: no such layer; the layers are {known}")
     return choices
 
 
@@ -91,13 +95,14 @@ def run(
     dump("simplify", mod)
     # 2. layers: a convolution, dense layer or element-wise chain with its epilogue becomes one function
     step("fuse", 0.15)
-    mod = FuseLayers()(mod)
+    fuse: Any = FuseLayers()
+    mod = fuse(mod)
     dump("fuse_layers", mod)
     # 3. sparse or dense, layer by layer
     choices = choose_kernels(mod, threshold, force or {})
     # 4. flat activation buffers, kernels of our own
     step("lower", 0.2)
-    lower = LowerLayers(target, choices)
+    lower: Any = LowerLayers(target, choices)
     mod = lower(mod)
     dump("lower_layers", mod, lower.plan.describe() if lower.plan else "")
     # 5. everything else: TVM's definitions of the operators, under a generic schedule

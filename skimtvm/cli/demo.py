@@ -48,7 +48,7 @@ class Sparsity(click.ParamType):
 @click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
 @repeat_option
 @threads_option
-def demo_command(  # noqa: PLR0917 (click passes the options by name)
+def demo_command(
     network: str, sparsity: Any, output: Path | None, overwrite: bool, repeat: int, threads: int | None
 ) -> None:
     """Compile a built-in network with pruned random weights, verify its result and profile it."""

@@ -39,5 +39,10 @@ def analyse(weight: npt.NDArray[np.float32], groups: int = 1) -> SparsityStats:
         (r, float(nonzero.reshape(k // r, r, -1).any(axis=1).mean())) for r in BLOCK_ROWS if k // groups % r == 0
     )
     return SparsityStats(
-        nonzero.size, int(per_row.sum()), float(per_row.mean()), int(per_row.max(initial=0)), blocks, int((per_row == 0).sum())
+        nonzero.size,
+        int(per_row.sum()),
+        float(per_row.mean()),
+        int(per_row.max(initial=0)),
+        blocks,
+        int((per_row == 0).sum()),
     )

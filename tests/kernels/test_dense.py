@@ -16,7 +16,9 @@ from skimtvm.workload import DenseWorkload
 from .helpers import gamma
 
 SHAPES = [(1, 1, 1), (1, 9, 5), (1, 88, 100), (1, 40, 64), (1, 17, 129), (3, 33, 20), (7, 64, 70), (1, 70000, 3)]
-EPILOGUE = Program((Instr("add", ("t0", "c0")), Instr("add", ("v0", "t1")), Instr("maximum", ("v1", "s0"))), 2, 1, 0, (-0.5,))
+EPILOGUE = Program(
+    (Instr("add", ("t0", "c0")), Instr("add", ("v0", "t1")), Instr("maximum", ("v1", "s0"))), 2, 1, 0, (-0.5,)
+)
 
 
 @pytest.mark.parametrize("cpu", ["znver4", "haswell"])

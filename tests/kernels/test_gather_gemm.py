@@ -25,7 +25,9 @@ BIAS_RELU = Program((Instr("add", ("t0", "c0")), Instr("nn.relu", ("v0",))), 1, 
 BIAS_ADD_RELU = Program((Instr("add", ("t0", "c0")), Instr("add", ("v0", "t1")), Instr("nn.relu", ("v1",))), 2, 1)
 
 
-def W(n: int, c: int, h: int, k: int, kernel: int, s: int = 1, p: Any = 0, d: int = 1, g: int = 1, w: int = 0) -> ConvWorkload:
+def W(
+    n: int, c: int, h: int, k: int, kernel: int, s: int = 1, p: Any = 0, d: int = 1, g: int = 1, w: int = 0
+) -> ConvWorkload:
     pads = (p, p, p, p) if isinstance(p, int) else p
     return ConvWorkload(n, c, h, w or h, k, kernel, kernel, (s, s), pads, (d, d), g)
 
@@ -184,7 +186,9 @@ def test_source_and_output_must_share_positions() -> None:
     dst = plane(1, 2, 8, 8, Space(10, 9), Halo())
     knobs = gather_gemm.Knobs(1, 2, 2)
     with pytest.raises(InternalError, match="planes differ"):
-        conv.build(wl, np.ones(wl.weight_shape, np.float32), Slot(src, src.size), Slot(dst, dst.size), knobs, TARGETS["znver4"])
+        conv.build(
+            wl, np.ones(wl.weight_shape, np.float32), Slot(src, src.size), Slot(dst, dst.size), knobs, TARGETS["znver4"]
+        )
 
 
 @pytest.mark.parametrize("dense", [False, True])

@@ -69,7 +69,7 @@ def test_tables_agree_with_onnx_runtime(coordinates, mode):
     ort = pytest.importorskip("onnxruntime")
     from onnx import TensorProto, helper
 
-    for size, scale in itertools.product((1, 5, 8), (0.6, 1.0, 2.0, 2.7, 3.0)):
+    for size, scale in itertools.product((1, 5, 8), (0.7, 1.0, 2.0, 2.7, 3.0)):
         out = int(size * scale)
         if not out:
             continue

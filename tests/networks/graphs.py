@@ -36,8 +36,20 @@ class Net:
         self.nodes.append(helper.make_node(kind, list(inputs), names, name=f"{kind}_{len(self.nodes)}", **attrs))
         return names[0] if outputs == 1 else names
 
-    def conv(self, x: str, c: int, k: int, kernel: int = 3, density: float = 1.0, groups: int = 1, bias: bool = True, **attrs: Any) -> str:
-        w = self.rng.standard_normal((k, c // groups, kernel, kernel)) * (self.rng.random((k, c // groups, kernel, kernel)) < density)
+    def conv(
+        self,
+        x: str,
+        c: int,
+        k: int,
+        kernel: int = 3,
+        density: float = 1.0,
+        groups: int = 1,
+        bias: bool = True,
+        **attrs: Any,
+    ) -> str:
+        w = self.rng.standard_normal((k, c // groups, kernel, kernel)) * (
+            self.rng.random((k, c // groups, kernel, kernel)) < density
+        )
         w *= 1.0 / np.sqrt(max(1.0, c // groups * kernel * kernel * density))
         names = [self.const(w.astype(np.float32))]
         if bias:
@@ -63,7 +75,9 @@ def run_compiled(compiled: Compiled, feeds: dict[str, np.ndarray[Any, Any]]) -> 
     return [out.numpy()] if hasattr(out, "numpy") else [o.numpy() for o in out]
 
 
-def check(model: onnx.ModelProto, options: CompileOptions | None = None, seed: int = 1, tolerance: float = TOLERANCE) -> Compiled:
+def check(
+    model: onnx.ModelProto, options: CompileOptions | None = None, seed: int = 1, tolerance: float = TOLERANCE
+) -> Compiled:
     """Compile, run and compare every output with ONNX Runtime; returns the compiled module."""
     compiled = compile_model(model, options)
     rng = np.random.default_rng(seed)

@@ -82,7 +82,7 @@ def transposed_convolution(n: Net) -> tuple[str, ...]:
 def split_slice_concat(n: Net) -> tuple[str, ...]:
     y = n.op("Relu", n.conv("x", 4, 12, density=0.3))
     a, b = n.op("Split", y, n.const(np.array([4, 8], np.int64)), outputs=2, axis=1)
-    i64 = lambda *v: n.const(np.array(v, np.int64))  # noqa: E731
+    i64 = lambda *v: n.const(np.array(v, np.int64))
     c = n.op("Slice", y, i64(2), i64(10), i64(1))
     a = n.conv(a, 4, 8, density=0.4)
     y = n.op("Concat", n.op("Add", a, b), c, y, axis=1)
@@ -94,7 +94,7 @@ def split_slice_concat(n: Net) -> tuple[str, ...]:
 def channel_shuffle(n: Net) -> tuple[str, ...]:
     y = n.op("Relu", n.conv("x", 4, 12, 1, pads=[0] * 4, groups=2))
     h = n.op("Shape", y)
-    i64 = lambda *v: n.const(np.array(v, np.int64))  # noqa: E731
+    i64 = lambda *v: n.const(np.array(v, np.int64))
     space = n.op("Slice", h, i64(2), i64(4))
     y = n.op("Reshape", y, n.op("Concat", n.op("Slice", h, i64(0), i64(1)), i64(3, 4), space, axis=0))
     y = n.op("Transpose", y, perm=[0, 2, 1, 3, 4])
@@ -129,9 +129,11 @@ def lrn_and_dense(n: Net) -> tuple[str, ...]:
 @case
 def attention(n: Net) -> tuple[str, ...]:
     y = n.conv("x", 4, 16, density=0.4)
-    i64 = lambda *v: n.const(np.array(v, np.int64))  # noqa: E731
+    i64 = lambda *v: n.const(np.array(v, np.int64))
     tokens = n.op("Transpose", n.op("Reshape", y, i64(0, 16, -1)), perm=[0, 2, 1])
-    q, k, v = (n.op("MatMul", tokens, n.const((n.rng.standard_normal((16, 16)) / 4).astype(np.float32))) for _ in range(3))
+    q, k, v = (
+        n.op("MatMul", tokens, n.const((n.rng.standard_normal((16, 16)) / 4).astype(np.float32))) for _ in range(3)
+    )
     scores = n.op("Softmax", n.op("MatMul", q, n.op("Transpose", k, perm=[0, 2, 1])), axis=-1)
     y = n.op("MatMul", scores, v)
     return n.op("LayerNormalization", y, n.const(np.ones(16, np.float32)), n.const(np.zeros(16, np.float32))), scores

@@ -1,0 +1,43 @@
+"""Kernels with one source and one destination, addressed by slots: copies between layouts, phases, pooling, LRN."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..layout import Phases
+from ..target import CpuTarget
+from ..workload import LRNWorkload, PoolWorkload
+from . import convert, lrn, pooling, reduce
+from .pointwise import Slot
+
+
+def _where(src: Slot, dst: Slot) -> dict[str, Any]:
+    return {"src_size": src.size, "dst_size": dst.size, "src_channel": src.channel, "dst_channel": dst.channel}
+
+
+def emit_copy(src: Slot, dst: Slot, target: CpuTarget) -> Any:
+    """The same tensor in another layout or slice."""
+    return convert.emit_convert(src.layout, dst.layout, target=target, **_where(src, dst))
+
+
+def emit_select(channels: tuple[int, ...], src: Slot, dst: Slot, target: CpuTarget) -> Any:
+    """Channel i of ``dst`` is channel ``channels[i]`` of ``src``."""
+    return convert.emit_gather_channels(channels, src.layout, dst.layout, target=target, **_where(src, dst))
+
+
+def emit_phases(phases: Phases, src: Slot, dst: Slot, target: CpuTarget) -> Any:
+    """The phase planes of ``src`` that a strided convolution reads."""
+    return convert.emit_split_phases(phases, src.layout, dst.layout, target=target, **_where(src, dst))
+
+
+def emit_pool(workload: PoolWorkload, src: Slot, dst: Slot, target: CpuTarget) -> Any:
+    return pooling.emit_pool(workload, src.layout, dst.layout, target=target, **_where(src, dst))
+
+
+def emit_lrn(workload: LRNWorkload, src: Slot, dst: Slot, target: CpuTarget) -> Any:
+    return lrn.emit_lrn(workload, src.layout, dst.layout, target=target, **_where(src, dst))
+
+
+def emit_global_avg_pool(src: Slot, dst: Slot, target: CpuTarget) -> Any:
+    """Mean over the pixels of each channel; ``dst`` is f32[N, C, 1, 1]."""
+    return reduce.emit_global_pool("avg", src.layout, dst.layout, target=target, **_where(src, dst))

@@ -1,0 +1,240 @@
+"""Winograd's minimal filtering: the transform matrices, and the ONNX function that carries Winograd-domain weights.
+
+F(m x m, r x r) computes m x m outputs of a stride 1 convolution with an r x r filter from a t x t input tile,
+t = m + r - 1:   Y = A^T [U * (B^T d B)] A   with   U = G w G^T   (Lavin & Gray 2016, arXiv 1509.09308).
+NumPy only; onnx is imported where an ONNX message is made.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import UnsupportedWorkload
+
+DOMAIN = "ai.skimtvm"
+FUNCTION_VERSION = 1  # of the domain: of what the functions mean
+MIN_OPSET, MIN_IR = 13, 8
+SIZES = ((4, 3), (2, 3), (4, 5))  # the (m, r) that layers can have
+# Small points keep the transforms well conditioned; the point at infinity completes them.
+_POINTS = (Fraction(0), Fraction(1), Fraction(-1), Fraction(2), Fraction(-2), Fraction(1, 2), Fraction(-1, 2))
+
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Transform:
+    """The matrices of F(m x m, r x r) in float64: ``at`` is A^T [m, t], ``bt`` B^T [t, t], ``g`` G [t, r]."""
+
+    m: int
+    r: int
+    at: Array
+    bt: Array
+    g: Array
+
+    @property
+    def tile(self) -> int:
+        return self.m + self.r - 1
+
+    @property
+    def name(self) -> str:
+        """Name of the ONNX function."""
+        return f"WinogradConv2d_F{self.m}x{self.m}_{self.r}x{self.r}"
+
+    @functools.cached_property
+    def filter_matrix(self) -> Array:
+        """G (x) G: f64[t * t, r * r], vec(U) = filter_matrix @ vec(w)."""
+        return np.kron(self.g, self.g)
+
+    @functools.cached_property
+    def filter_inverse(self) -> Array:
+        """Pseudo-inverse of filter_matrix: f64[r * r, t * t]."""
+        return np.linalg.pinv(self.filter_matrix)
+
+    @functools.cached_property
+    def input_matrix(self) -> Array:
+        """B^T (x) B^T: f64[t * t, t * t], vec(V) = input_matrix @ vec(d)."""
+        return np.kron(self.bt, self.bt)
+
+    @functools.cached_property
+    def output_matrix(self) -> Array:
+        """A^T (x) A^T: f64[m * m, t * t], vec(Y) = output_matrix @ vec(M)."""
+        return np.kron(self.at, self.at)
+
+    @functools.cached_property
+    def output_norms(self) -> Array:
+        """f64[t, t]: L2 norm of what a unit at each position of the tile adds to the output, ||row_j(A (x) A)||."""
+        return np.sqrt((self.output_matrix**2).sum(axis=0)).reshape(self.tile, self.tile)
+
+    @functools.cached_property
+    def filter_norms(self) -> Array:
+        """f64[t, t]: ||row_j(G (x) G)||, the scale of each Winograd-domain weight of a filter with unit weights."""
+        return np.sqrt((self.filter_matrix**2).sum(axis=1)).reshape(self.tile, self.tile)
+
+    @functools.cached_property
+    def inverse_norms(self) -> Array:
+        """f64[t, t]: ||pinv(G (x) G)[:, j]||, how much each Winograd-domain weight moves the spatial filter."""
+        return np.sqrt((self.filter_inverse**2).sum(axis=0)).reshape(self.tile, self.tile)
+
+    def forward(self, weight: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """G w G^T: [..., r, r] -> [..., t, t], in the dtype of ``weight``."""
+        if weight.shape[-2:] != (self.r, self.r):
+            raise UnsupportedWorkload(f"{self.name}: filters are {weight.shape[-2:]}, not {self.r}x{self.r}")
+        return np.asarray(self.g @ weight.astype(np.float64) @ self.g.T, dtype=weight.dtype)
+
+    def project(self, winograd: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """The spatial filters [..., r, r] whose transforms are nearest to [..., t, t] (least squares)."""
+        if winograd.shape[-2:] != (self.tile, self.tile):
+            raise UnsupportedWorkload(f"{self.name}: weights are {winograd.shape[-2:]}, not {self.tile}x{self.tile}")
+        flat = winograd.reshape(*winograd.shape[:-2], self.tile**2).astype(np.float64)
+        return np.asarray(flat @ self.filter_inverse.T, dtype=winograd.dtype).reshape(*flat.shape[:-1], self.r, self.r)
+
+
+@functools.cache
+def transform(m: int, r: int) -> Transform:
+    """F(m x m, r x r) by Cook and Toom. Raises UnsupportedWorkload for sizes that are not in SIZES."""
+    if (m, r) not in SIZES:
+        known = ", ".join(f"F({a}x{a},{b}x{b})" for a, b in SIZES)
+        raise UnsupportedWorkload(f"winograd: F({m}x{m},{r}x{r}) is not offered; choose one of {known}")
+    points = _POINTS[: m + r - 2]
+    t = m + r - 1
+    at, g, bt = np.zeros((m, t)), np.zeros((t, r)), np.zeros((t, t))
+    for i, a in enumerate(points):
+        others = [b for b in points if b != a]
+        factor = functools.reduce(lambda p, b, a=a: p * (a - b), others, Fraction(1))  # type: ignore[misc]
+        sign = -1 if i == 0 and factor < 0 else 1
+        at[:, i] = [float(a**k) for k in range(m)]
+        g[i] = [float(sign * a**k / factor) for k in range(r)]
+        bt[i, : t - 1] = [float(sign * c) for c in _polynomial(others)]
+    at[m - 1, t - 1] = g[t - 1, r - 1] = 1
+    # With the sign that makes G positive for F(2x2,3x3); both matrices of the pair would flip together.
+    bt[t - 1] = [float(c) for c in _polynomial(points)]
+    for matrix in (at, g, bt):
+        matrix.setflags(write=False)
+    return Transform(m, r, at, bt, g)
+
+
+def _polynomial(roots: Sequence[Fraction]) -> list[Fraction]:
+    """Coefficients of prod(x - root), lowest power first."""
+    p = [Fraction(1)]
+    for root in roots:
+        p = [(p[k - 1] if k else Fraction(0)) - root * (p[k] if k < len(p) else 0) for k in range(len(p) + 1)]
+    return p
+
+
+def of_tile(tile: int, r: int) -> Transform:
+    """The transform of weights [K, C, tile, tile] of r x r filters. Raises UnsupportedWorkload."""
+    return transform(tile + 1 - r, r)
+
+
+def function_names() -> dict[str, tuple[int, int]]:
+    """ONNX function name -> (m, r)."""
+    return {f"WinogradConv2d_F{m}x{m}_{r}x{r}": (m, r) for m, r in SIZES}
+
+
+def function_proto(m: int, r: int, opset: int = 17) -> Any:
+    """The model-local function of F(m x m, r x r), whose body is standard operators of ``opset`` (>= 13).
+
+    Inputs: X f32[N, C, H, W], U f32[K, C, t, t] (position-wise weights, as ``Transform.forward`` makes them from
+    filters of a Conv), B f32[K]. Attribute ``pads``: top, left, bottom, right. Output: f32[N, K, H + top + bottom
+    - r + 1, W + left + right - r + 1], the convolution with stride 1. The model needs ir_version >= 8.
+    """
+    from onnx import AttributeProto, helper, numpy_helper
+
+    if opset < MIN_OPSET:
+        raise UnsupportedWorkload(
+            f"winograd: the ONNX function needs opset {MIN_OPSET} or newer, the model has {opset}"
+        )
+    f = transform(m, r)
+    t, tt = f.tile, f.tile**2
+    nodes: list[Any] = []
+
+    def emit(op: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
+        nodes.append(helper.make_node(op, inputs, [output], name=output, **attributes))
+        return output
+
+    def constant(name: str, value: Any) -> str:
+        array = np.asarray(value, np.int64 if np.asarray(value).dtype.kind == "i" else np.float32)
+        return emit("Constant", [], name, value=numpy_helper.from_array(array, name))
+
+    def piece(source: str, start: str, stop: str, output: str) -> str:
+        return emit("Slice", [source, start, stop], output)
+
+    pads = helper.make_node("Constant", [], ["pads_v"], name="pads_v")
+    pads.attribute.append(AttributeProto(name="value_ints", type=AttributeProto.INTS, ref_attr_name="pads"))
+    nodes.append(pads)
+    zero, one, two, four = (constant(f"i{k}", [k]) for k in (0, 1, 2, 4))
+    # Extents. Both axes at once: every name that ends in _hw is an int64[2].
+    emit("Shape", ["X"], "x_shape")
+    emit("Shape", ["U"], "u_shape")
+    n, c = piece("x_shape", zero, one, "n"), piece("x_shape", one, two, "c")
+    k = piece("u_shape", zero, one, "k")
+    emit("Add", [piece("x_shape", two, four, "x_hw"), piece("pads_v", zero, two, "begin_hw")], "x_begin_hw")
+    emit("Add", ["x_begin_hw", piece("pads_v", two, four, "end_hw")], "padded_hw")
+    emit("Sub", ["padded_hw", constant("halo", [r - 1])], "out_hw")
+    emit("Add", ["out_hw", constant("round", [m - 1])], "rounded_hw")
+    emit("Div", ["rounded_hw", constant("m", [m])], "tiles_hw")
+    emit("Mul", ["tiles_hw", "m"], "whole_hw")
+    emit("Sub", ["whole_hw", "out_hw"], "extra_hw")
+    emit("Add", ["end_hw", "extra_hw"], "end_all_hw")
+    none = constant("none", [0, 0])
+    emit("Concat", [none, "begin_hw", none, "end_all_hw"], "pads_all", axis=0)
+    emit("Pad", ["X", "pads_all"], "x_padded", mode="constant")
+    # V = B^T d B of every tile: a convolution of each channel alone with the t * t rows of B^T (x) B^T.
+    emit("Add", ["whole_hw", "halo"], "whole_in_hw")
+    rest = constant("rest", [-1])
+    emit("Concat", [rest, one, "whole_in_hw"], "planes_shape", axis=0)
+    emit("Reshape", ["x_padded", "planes_shape"], "planes")
+    emit("Conv", ["planes", constant("bt", f.input_matrix.reshape(tt, 1, t, t))], "v", strides=[m, m])
+    positions = constant("positions", [tt])
+    emit("Concat", [n, c, positions, rest], "v_split", axis=0)
+    emit("Reshape", ["v", "v_split"], "v_nct")
+    emit("Transpose", ["v_nct"], "v_tcn", perm=[2, 1, 0, 3])
+    emit("Concat", [positions, c, rest], "v_flat", axis=0)
+    emit("Reshape", ["v_tcn", "v_flat"], "v_matrices")
+    # One product [K, C] x [C, N * tiles] for each position.
+    emit("Reshape", ["U", constant("u_flat", [0, 0, -1])], "u_kct")
+    emit("Transpose", ["u_kct"], "u_matrices", perm=[2, 0, 1])
+    emit("MatMul", ["u_matrices", "v_matrices"], "product")
+    # Y = A^T M A: tiles do not overlap in the output, so a transposed convolution puts them side by side.
+    emit("Concat", [positions, k, n, "tiles_hw"], "m_split", axis=0)
+    emit("Reshape", ["product", "m_split"], "m_tkn")
+    emit("Transpose", ["m_tkn"], "m_nkt", perm=[2, 1, 0, 3, 4])
+    emit("Concat", [rest, positions, "tiles_hw"], "m_planes_shape", axis=0)
+    emit("Reshape", ["m_nkt", "m_planes_shape"], "m_planes")
+    at = constant("at", np.ascontiguousarray(f.output_matrix.T).reshape(tt, 1, m, m))
+    emit("ConvTranspose", ["m_planes", at], "y_planes", strides=[m, m])
+    emit("Concat", [n, k, "whole_hw"], "y_shape", axis=0)
+    emit("Reshape", ["y_planes", "y_shape"], "y_whole")
+    emit("Slice", ["y_whole", none, "out_hw", constant("hw_axes", [2, 3])], "y_cut")
+    emit("Reshape", ["B", constant("bias_shape", [1, -1, 1, 1])], "bias")
+    emit("Add", ["y_cut", "bias"], "Y")
+    return helper.make_function(
+        DOMAIN, f.name, ["X", "U", "B"], ["Y"], nodes, [helper.make_opsetid("", opset)], attributes=["pads"]
+    )
+
+
+def function_node(m: int, r: int, inputs: Sequence[str], output: str, pads: Sequence[int], name: str = "") -> Any:
+    """A call of the function: ``inputs`` X, U, B; ``pads`` top, left, bottom, right."""
+    from onnx import helper
+
+    attributes = {"pads": [int(p) for p in pads]}
+    return helper.make_node(transform(m, r).name, inputs, [output], name=name or None, domain=DOMAIN, **attributes)
+
+
+def add_function(model: Any, m: int, r: int) -> None:
+    """Give ``model`` the definition of F(m x m, r x r) if it lacks it, and import the domain."""
+    from onnx import helper
+
+    opset = max((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), default=MIN_OPSET)
+    model.ir_version = max(model.ir_version, MIN_IR)
+    if not any(o.domain == DOMAIN for o in model.opset_import):
+        model.opset_import.append(helper.make_opsetid(DOMAIN, FUNCTION_VERSION))
+    if not any(f.domain == DOMAIN and f.name == transform(m, r).name for f in model.functions):
+        model.functions.append(function_proto(m, r, opset))
