@@ -17,7 +17,8 @@ from tvm import relax
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as B
 
-from ..chooser import FEW_ROWS, Choice
+from ..chooser import Choice
+from ..kernels import FEW_ROWS
 from ..layout import Phases, natural
 from ..report import LayerRecord
 from ..schedules import conv2d as conv

@@ -237,7 +237,7 @@ class _Body:
 
     def _finish(self, row: Any, q: Any, outs: Any, get: Any, rows: int, vectors: int, edges: Any, total: int) -> None:
         """Epilogue, mask, store; the zeros around the pixels come with the first and the last tile."""
-        gemm, lanes = self.gemm, self.lanes
+        lanes = self.lanes
         for i in range(rows):
             consts = {name: broadcast(b[row + i], lanes) for name, b in self.consts.items() if name != self.bias}
             for v in range(vectors):

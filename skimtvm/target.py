@@ -100,5 +100,6 @@ def resolve(name: str = "auto") -> CpuTarget:
         if have.issuperset(TARGETS[generic].features):
             return TARGETS[generic]
     raise InvalidOption(
-        f"target auto: this machine ({platform.machine()}, {cpu}) has no AVX2 and FMA; name the CPU to compile for with --target"
+        f"target auto: this machine ({platform.machine()}, {cpu}) has no AVX2 and FMA; "
+        "name the CPU to compile for with --target"
     )

@@ -48,6 +48,7 @@ WORKLOADS = {
     "one-row-1x7": ConvWorkload(1, 3, 1, 19, 6, 1, 7, (1, 1), (0, 3, 0, 3)),
     "valid-5x5": W(2, 3, 9, 6, 5),
 }
+PADDED = Halo(1, 1, 1, 1)
 FORMATS = {  # density of R x 1 blocks, R, dense
     "dense": (1.0, 8, True),
     "csr": (0.1, 1, False),
@@ -87,7 +88,7 @@ def make(
     target: CpuTarget,
     fmt: str,
     *,
-    out_halo: Halo = Halo(1, 1, 1, 1),
+    out_halo: Halo = PADDED,
     residual: bool = False,
     **knobs: int,
 ) -> Case:
