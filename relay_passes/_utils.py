@@ -22,10 +22,10 @@ Array = np.ndarray[Any, Any]
 # Elementwise operators of one tensor (further arguments are scalars): they commute with any reordering of elements.
 # fmt: off
 UNARY = frozenset((
-    "nn.relu", "nn.relu6", "nn.leakyrelu", "nn.gelu", "nn.gelu_tanh", "nn.silu", "nn.softplus", "nn.selu", "sigmoid", "tanh",
-    "exp", "log", "sqrt", "rsqrt", "abs", "negative", "clip", "erf", "floor", "ceil", "round", "sign", "square", "sin", "cos",
-    "tan", "sinh", "cosh", "asin", "acos", "atan", "asinh", "acosh", "atanh", "astype", "isnan", "isinf", "isfinite",
-    "logical_not", "bitwise_not",
+    "nn.relu", "nn.relu6", "nn.leakyrelu", "nn.gelu", "nn.gelu_tanh", "nn.silu", "nn.softplus", "nn.selu", "sigmoid",
+    "tanh", "exp", "log", "sqrt", "rsqrt", "abs", "negative", "clip", "erf", "floor", "ceil", "round", "sign", "square",
+    "sin", "cos", "tan", "sinh", "cosh", "asin", "acos", "atan", "asinh", "acosh", "atanh", "astype", "isnan", "isinf",
+    "isfinite", "logical_not", "bitwise_not",
 ))
 # Elementwise operators of two tensors, with NumPy broadcasting.
 BINARY = frozenset((

@@ -280,14 +280,13 @@ class _Lowering:
         residuals = [self._contiguous(t) for t in n.inputs[1:]]
         weight = layer.weight if layer.weight.ndim == 4 else np.ascontiguousarray(layer.weight.T)[:, :, None, None]
         rows = 8 if choice.kernel == "dense" else choice.rows
-        knobs = conv.default_knobs(wl, rows, choice.kernel == "dense", src, dst, target)
+        knobs = conv.default_knobs(wl, rows, choice.kernel == "dense", src, dst, target, choice.stored)
         kernel = conv.build(
             wl,
             weight,
             src,
             dst,
             knobs,
-            target,
             epilogue=layer.program,
             tensors=tuple(s for _, s in residuals),
             channels=channels,
@@ -295,13 +294,13 @@ class _Lowering:
         gemm = kernel.gemm
         fmt = "dense" if knobs.dense else "csr" if knobs.rows == 1 else "bsr"
         op = "dense" if layer.kind == "dense" else "depthwise_conv2d" if wl.groups == wl.c > 1 else "conv2d"
-        name = f"f32_{fmt}_{op}_{knobs.rows}x{knobs.vectors * target.lanes}_{target.isa}"
+        name = f"f32_{fmt}_{op}_{knobs.rows}x{knobs.vectors * knobs.lanes}_{target.isa}"
         args = [buffer, *(self._const(a) for a in kernel.constants), *self._channel_args(n), *(b for b, _ in residuals)]
         record = self._record(
             n, op, kernel=name, reason=choice.reason, macs=wl.macs, nnz=int(np.count_nonzero(weight)), weights=weight.size,
             stored_bytes=kernel.stored_bytes,
         )  # fmt: skip
-        self._write(n.var, gemm, name, lambda: gather_gemm.emit(gemm, target), args, record)
+        self._write(n.var, gemm, name, lambda: gather_gemm.emit(gemm), args, record)
 
     def _phases(self, x: Any, phases: Phases, name: str) -> tuple[Any, Slot]:
         key = self.plan.phase_key(x, phases)

@@ -13,6 +13,7 @@ from ..formats.gather import GatherMatrix, encode
 from ..layout import Halo, Phases
 from ..target import CpuTarget
 from ..workload import ConvWorkload
+from . import knobs as knobs_model
 from .gather_gemm import Gemm, Knobs, RowRun
 from .pointwise import Program, Slot
 
@@ -77,32 +78,11 @@ def pixel_mask(slot: Slot, count: int) -> npt.NDArray[np.int32]:
     return -inside.astype(np.int32)
 
 
-def default_knobs(wl: ConvWorkload, rows: int, dense: bool, src: Slot, dst: Slot, target: CpuTarget) -> Knobs:
-    """Knobs that follow from the caches and registers alone (kernels.md, levers 1, 2 and 6)."""
-    lanes, total = target.lanes, -(-dst.layout.positions // target.lanes)
-    budget = target.registers - 6  # accumulators; the rest holds loaded vectors and broadcasts
-    per_group = wl.k // wl.groups
-    if wl.groups > 1:
-        rows = max(r for r in range(1, rows + 1) if per_group % r == 0)
-    rows = min(rows, per_group)
-    most = max(1, min(budget // rows, 1008 // (4 * lanes)))
-    if dense:
-        # One vector: weights come as broadcast memory operands of the multiply-adds, and LLVM does not spill.
-        most = 1
-    elif rows == 1:
-        most = min(most, 7 if lanes == 16 else 8)
-    tiles = -(-total // most)
-    vectors = -(-total // tiles)
-    reach = max(t[1] for t in taps(wl)) - min(t[1] for t in taps(wl))
-    planes = 1 if (s := phases(wl)) is None else len(s.index)
-    footprint = 4 * planes * (vectors * lanes + reach * min(src.layout.row_pitch, vectors * lanes) + lanes)
-    cg = wl.c // wl.groups
-    block = max(8, int(0.75 * target.l1_bytes) // footprint)
-    # A dense tile of one vector streams well from L2; splitting it only costs partial sums.
-    blocks = -(-cg // block) if block < cg and not dense else 1
-    groups = max(1, wl.k // rows)
-    chunks = min(max(1, 8 // tiles), groups) if tiles < 8 else 1
-    return Knobs(rows, vectors, -(-cg // blocks), chunks, dense)
+def default_knobs(
+    wl: ConvWorkload, rows: int, dense: bool, src: Slot, dst: Slot, target: CpuTarget, stored: float = 0.1
+) -> Knobs:
+    """Knobs by the cost model; ``stored`` is the fraction of the R x 1 blocks that hold a nonzero."""
+    return knobs_model.default_knobs(wl, rows, dense, src, dst, target, taps(wl), stored)
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +110,6 @@ def build(
     src: Slot,
     dst: Slot,
     knobs: Knobs,
-    target: CpuTarget,
     *,
     epilogue: Program | None = None,
     channel_consts: Sequence[npt.NDArray[np.float32]] = (),
@@ -144,8 +123,9 @@ def build(
     s, d = src.layout, dst.layout
     if s.row_pitch != d.row_pitch or (wl.n > 1 and s.n_pitch != d.n_pitch) or not (s.plane and d.plane):
         raise InternalError(f"convolution {wl}: source and output planes differ: {s} and {d}")
-    total = -(-d.positions // target.lanes)
-    if d.c_pitch - d.front < total * target.lanes and not (d.natural and d.positions % target.lanes == 0):
+    lanes = knobs.lanes
+    total = -(-d.positions // lanes)
+    if d.c_pitch - d.front < total * lanes and not (d.natural and d.positions % lanes == 0):
         raise InternalError(f"convolution {wl}: no room behind the planes of {d}")
     matrices = encode(
         weight, conv_groups=wl.groups, rows=knobs.rows, channel_block=knobs.channel_block, dense=knobs.dense
@@ -180,6 +160,6 @@ def build(
     stored = sum(a.nbytes for a in constants)
     constants.append(np.concatenate([_cuts(m, knobs.chunks) for m in matrices]))
     if gemm.masked:
-        constants.append(pixel_mask(dst, gemm.vectors(target.lanes) * target.lanes))
+        constants.append(pixel_mask(dst, gemm.vectors * lanes))
     constants += [np.ascontiguousarray(a, np.float32) for a in channel_consts]
     return ConvKernel(gemm, tuple(constants), stored)

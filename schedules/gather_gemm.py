@@ -35,7 +35,6 @@ from typing import Any
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as B
 
-from ..target import CpuTarget
 from .emit import broadcast, finish, kernel_attrs, loop, store, vector, zeros
 from .pointwise import Program, Slot, split_bias
 
@@ -43,13 +42,15 @@ from .pointwise import Program, Slot, split_bias
 @dataclass(frozen=True)
 class Knobs:
     """``rows``: R; ``vectors``: V; ``channel_block``: input channels whose tile should fit L1; ``chunks``: parallel
-    pieces that the row groups are cut into; ``dense``: every column is stored, without ``ip``."""
+    pieces that the row groups are cut into; ``dense``: every column is stored, without ``ip``; ``lanes``: floats in a
+    vector, which may be half a register where whole ones would leave many lanes without a pixel."""
 
     rows: int
     vectors: int
     channel_block: int
     chunks: int = 1
     dense: bool = False
+    lanes: int = 16
 
 
 @dataclass(frozen=True)
@@ -84,13 +85,14 @@ class Gemm:
     def masked(self) -> bool:
         return self.dst.layout.zero_halo
 
-    def vectors(self, lanes: int) -> int:
+    @property
+    def vectors(self) -> int:
         """Vectors that cover the output positions of a channel."""
-        return -(-self.dst.layout.positions // lanes)
+        return -(-self.dst.layout.positions // self.knobs.lanes)
 
-    def tiles(self, lanes: int) -> tuple[tuple[int, int, int], ...]:
+    def tiles(self) -> tuple[tuple[int, int, int], ...]:
         """(first vector, tiles, vectors a tile): at most two tile heights, as equal as possible."""
-        total = self.vectors(lanes)
+        total = self.vectors
         count = -(-total // self.knobs.vectors)
         low, extra = divmod(total, count)
         runs = ((0, extra, low + 1), (extra * (low + 1), count - extra, low))
@@ -134,8 +136,8 @@ def _span(low: Any, high: Any) -> Iterator[Any]:
 class _Body:
     """Emits the loops of one kernel; holds the buffers."""
 
-    def __init__(self, gemm: Gemm, target: CpuTarget) -> None:
-        self.gemm, self.lanes = gemm, target.lanes
+    def __init__(self, gemm: Gemm) -> None:
+        self.gemm, self.lanes = gemm, gemm.knobs.lanes
         self.bias, self.epilogue = split_bias(gemm.epilogue)
         k = row_count(gemm.runs)
         self.src = B.arg("src", B.Buffer((gemm.src.size,), "float32"))
@@ -143,14 +145,14 @@ class _Body:
         self.cut = B.arg("cut", B.Buffer((len(gemm.runs) * (gemm.knobs.chunks + 1),), "int32"))
         self.mask = None
         if gemm.masked:
-            self.mask = B.arg("mask", B.Buffer((gemm.vectors(self.lanes) * self.lanes,), "int32"))
+            self.mask = B.arg("mask", B.Buffer((gemm.vectors * self.lanes,), "int32"))
         channels = range(gemm.epilogue.channels)
         self.consts = {f"c{i}": B.arg(f"c{i}", B.Buffer((k,), "float32")) for i in channels}
         self.tensors = [(s, B.arg(f"t{i + 1}", B.Buffer((s.size,), "float32"))) for i, s in enumerate(gemm.tensors)]
         self.out = B.arg("out", B.Buffer((gemm.dst.size,), "float32"))
 
     def emit(self) -> None:
-        chunks, tile_runs = self.gemm.knobs.chunks, self.gemm.tiles(self.lanes)
+        chunks, tile_runs = self.gemm.knobs.chunks, self.gemm.tiles()
         total = sum(count for _, count, _ in tile_runs)
         with B.parallel(0, total * chunks) as i:
             tile, chunk = B.bind(i // chunks), B.bind(i % chunks)
@@ -257,7 +259,7 @@ class _Body:
 
     def _zero_edges(self, row: Any, rows: int, edges: dict[str, Any], total: int) -> None:
         lay, dst = self.gemm.dst.layout, self.gemm.dst
-        behind = self.gemm.vectors(self.lanes) * self.lanes
+        behind = self.gemm.vectors * self.lanes
         for where, tile, start, count in (
             ("first", 0, -lay.front, lay.front),
             ("last", total - 1, behind, lay.c_pitch - lay.front - behind),
@@ -268,7 +270,7 @@ class _Body:
                 zeros(self.out, dst.base + (row + i) * lay.c_pitch + start, count, self.lanes)
 
 
-def emit(gemm: Gemm, target: CpuTarget) -> Any:
+def emit(gemm: Gemm) -> Any:
     """PrimFunc: src, then for each run (ip unless dense, offset, data), cut, mask, c0.., t1.., out; all flat.
 
     ``cut`` int32[chunks + 1 for each run]: first row group of each chunk; ``mask`` int32[vectors * lanes] (-1 where a
@@ -276,5 +278,5 @@ def emit(gemm: Gemm, target: CpuTarget) -> Any:
     """
     with IRBuilder() as ib, B.prim_func(s_tir=True):
         kernel_attrs()
-        _Body(gemm, target).emit()
+        _Body(gemm).emit()
     return finish(ib)

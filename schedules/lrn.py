@@ -53,6 +53,8 @@ def emit_lrn(
             line = B.floormod(row, flat_dst.h) if flat_dst.h > 1 else 0
             start: Index = B.min(tile * span, flat_dst.w - span) if tiles > 1 else 0  # the last tile overlaps
             _tile(workload, (x, x.at(n, 0, line, start)), (y, y.at(n, 0, line, start)), starts, width)
+        if not _roots(workload):
+            _divide_by_power(workload, x, y)
         if dst.zero_halo:
             with channels_of(dst) as (c, image):
                 zero_halo(y, image, c, target.lanes)
@@ -93,8 +95,8 @@ def _tile(
                     store(acc, 0, width, load(acc, 0, width) + value(k + low) * value(k + low))
                 total = load(acc, 0, width)
             scale = total * splat(workload.alpha / workload.size, width) + splat(workload.bias, width)
-            normalised = B.Div(value(0), vector_math.power(scale, workload.beta))
-            store(y.buffer, y_at + (c * y.layout.c_pitch + start), width, normalised)
+            result = B.Div(value(0), vector_math.power(scale, workload.beta)) if _roots(workload) else scale
+            store(y.buffer, y_at + (c * y.layout.c_pitch + start), width, result)
 
     c = 0
     while c < channels:
@@ -107,3 +109,16 @@ def _tile(
         else:
             channel(c, low, high)
             c += 1
+
+
+def _roots(workload: LRNWorkload) -> bool:
+    """True when the power is made of square roots, which every frequent exponent is."""
+    return workload.beta * 4 == int(workload.beta * 4)
+
+
+def _divide_by_power(workload: LRNWorkload, x: View, y: View) -> None:
+    """y = x / y**beta, in a pass of its own: other powers are long expressions, and this compiles one copy only."""
+    with channels_of(y.layout) as (c, n), B.serial(0, y.layout.h) as row, B.serial(0, y.layout.w) as j:
+        at = y.at(n, c, row, j)
+        scale = vector_math.power(y.buffer[at], workload.beta)
+        store(y.buffer, at, 1, B.Div(x.buffer[x.at(n, c, row, j)], scale))

@@ -82,10 +82,10 @@ def axis_table(
             return float(f(i) * f(size - 1) / f(out - 1)) if out > 1 else 0.0
         if coordinates == "pytorch_half_pixel" and out == 1:
             return 0.0
-        pixel = (f(i) + f(0.5)) / ratio - f(0.5)
+        offset = f(0)
         if coordinates == "half_pixel_symmetric":
-            pixel += f(size) / f(2) * (f(1) - f(out) / (ratio * f(size)))
-        return float(pixel)
+            offset = f(size) / f(2) * (f(1) - f(out) / (ratio * f(size)))
+        return float(offset + (f(i) + f(0.5)) / ratio - f(0.5))
 
     def clamp(value: int) -> int:
         return min(max(value, 0), size - 1)

@@ -19,11 +19,13 @@ from .workload import ConvWorkload, DenseWorkload
 
 @dataclass(frozen=True)
 class Choice:
-    """``kernel``: dense, csr or bsrR; ``rows``: R of it; ``reason``: one line for the report."""
+    """``kernel``: dense, csr or bsrR; ``rows``: R of it; ``reason``: one line for the report; ``stored``: fraction of the
+    weights that the kernel stores."""
 
     kernel: str
     rows: int
     reason: str
+    stored: float = 1.0
 
 
 def _describe(stats: SparsityStats) -> str:
@@ -61,21 +63,24 @@ def choose(
     kernel. Raises InvalidOption for a forced kernel that does not exist or does not fit the layer.
     """
     options = {k.name: k for k in applicable(workload)}
+
+    def take(kernel: Kernel, reason: str) -> Choice:
+        return Choice(kernel.name, kernel.rows, reason, _stored(kernel, stats))
+
+    about, dense = _describe(stats), options["dense"]
     forced = (force or {}).get(name)
     if forced is not None:
         if forced not in options:
             raise InvalidOption(f"--force {name}={forced}: this layer can take {', '.join(options)}")
-        return Choice(forced, options[forced].rows, f"forced to {forced}; {_describe(stats)}")
+        return take(options[forced], f"forced to {forced}; {about}")
     if stats.nnz == stats.weights:
-        return Choice("dense", 0, "no zeros in the weights")
+        return take(dense, "no zeros in the weights")
     best = min((k for k in options.values() if k.rows), key=lambda k: _cost(k, stats))
     if threshold is not None:
         if stats.density <= threshold:
-            return Choice(best.name, best.rows, f"{_describe(stats)} <= threshold {threshold:g}")
-        return Choice("dense", 0, f"{_describe(stats)} > threshold {threshold:g}")
-    dense, sparse = _cost(options["dense"], stats), _cost(best, stats)
-    if sparse < dense:
-        gain = f"{dense / sparse:.1f}x dense" if sparse else "nothing to compute"
-        return Choice(best.name, best.rows, f"{_describe(stats)}; model: {gain}")
-    even = stats.density * dense / sparse
-    return Choice("dense", 0, f"{_describe(stats)} > break-even {even:.2f} (model)")
+            return take(best, f"{about} <= threshold {threshold:g}")
+        return take(dense, f"{about} > threshold {threshold:g}")
+    slow, fast = _cost(dense, stats), _cost(best, stats)
+    if fast < slow:
+        return take(best, f"{about}; model: " + (f"{slow / fast:.1f}x dense" if fast else "nothing to compute"))
+    return take(dense, f"{about} > break-even {stats.density * slow / fast:.2f} (model)")

@@ -193,7 +193,7 @@ class Peers:
         """Raises Unavailable, with a reason that fits a table, whatever goes wrong in the engine."""
         try:
             if name == "deepsparse":
-                from .deepsparse import DeepSparse
+                from .deepsparse_client import DeepSparse
 
                 return DeepSparse(case, self.deepsparse_python)
             return PEERS[name](case)

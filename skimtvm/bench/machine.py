@@ -52,10 +52,12 @@ def versions() -> dict[str, str]:
 
 
 def terms(arguments: Sequence[str]) -> Terms:
-    """Date, machine and versions; ``arguments`` of ``skimtvm bench``."""
+    """Date, machine and versions; ``arguments`` of ``skimtvm bench``. Of an absolute path the command keeps the last
+    name: folders of one machine mean nothing on another."""
+    kept = [Path(a).name if os.path.isabs(a) else a for a in arguments]
     return Terms(
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        command=shlex.join(["skimtvm", *arguments]),
+        command=shlex.join(["skimtvm", *kept]),
         cpu=f"{cpu_model()} ({resolve().mcpu})",
         cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         system=f"{platform.system()} {platform.release()}, {platform.machine()}, {sys.implementation.name}",
@@ -130,7 +132,7 @@ def _stream(target: CpuTarget, threads: int, floats: int) -> Any:
     return _function(target, emit)
 
 
-def peak_gflops(threads: int, *, repeat: int = 15) -> float:
+def peak_gflops(threads: int, *, repeat: int = 60) -> float:
     """The practical peak: fused multiply-adds on registers, GFLOP/s of ``threads`` threads, best of ``repeat``."""
     target = resolve()
     kernel = _multiply_add(target, threads)
@@ -158,7 +160,7 @@ def _best(kernel: Any, arrays: Sequence[np.ndarray], threads: int, repeat: int) 
 
     def work() -> float:
         timed(lambda: kernel(*tensors), 3)
-        calls = max(1, int(0.01 / max(timed(lambda: kernel(*tensors), 1), 1e-7)))
+        calls = max(1, int(0.002 / max(timed(lambda: kernel(*tensors), 1), 1e-7)))
         return min(timed(lambda: kernel(*tensors), calls) for _ in range(repeat))
 
     return with_threads(threads, work)

@@ -193,7 +193,8 @@ class Report:
         rows: list[Any] = list(getattr(self, part))
         at = next((i for i, old in enumerate(rows) if old.key == row.key), len(rows))
         rows[at : at + 1] = [row]
-        return dataclasses.replace(self, **{part: tuple(rows)})
+        changed: dict[str, Any] = {part: tuple(rows)}
+        return dataclasses.replace(self, **changed)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n"
@@ -252,12 +253,19 @@ def ours(row: NetworkRow | LayerRow) -> EngineTime:
     return next(e for e in row.engines if e.engine == OURS)
 
 
+def speedup(row: NetworkRow) -> float | None:
+    """How many times as fast as the fastest peer; None if none was measured."""
+    mine, best = ours(row).time, best_peer(row.engines)
+    return best[1] / mine.median_ms if mine and best else None
+
+
 def best_peer(engines: Sequence[EngineTime], *, kernel: bool = False) -> tuple[EngineTime, float] | None:
     """The fastest of the other engines and its milliseconds: of a run or, with ``kernel``, of the layer alone where
-    the engine can tell."""
+    the engine can tell and that is less."""
     times = []
     for e in engines:
         if e.engine == OURS or e.status != OK or e.time is None:
             continue
-        times.append((e, (e.kernel if kernel and e.kernel else e.time).median_ms))
+        alone = e.kernel.median_ms if kernel and e.kernel else e.time.median_ms
+        times.append((e, min(e.time.median_ms, alone)))
     return min(times, key=lambda pair: pair[1], default=None)

@@ -15,6 +15,7 @@ import click
 
 from .. import __version__
 from ..errors import SkimError
+from .bench import bench_command
 from .compile import compile_command
 from .demo import demo_command
 from .inspect import inspect_command
@@ -79,5 +80,5 @@ def main(debug: bool) -> None:
     """Compile pruned ONNX networks to sparse CPU modules, run and profile them."""
 
 
-for _command in (compile_command, run_command, inspect_command, profile_command, demo_command):
+for _command in (compile_command, run_command, inspect_command, profile_command, demo_command, bench_command):
     main.add_command(_command)

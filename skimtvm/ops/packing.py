@@ -38,8 +38,8 @@ def compile_kernel(func: Any, target: CpuTarget) -> Any:
     return tvm.compile(func.with_attr("global_symbol", "main"), target=target.tvm())
 
 
-def run_kernel(func: Any, inputs: Sequence[np.ndarray], size: int, target: CpuTarget) -> np.ndarray:
-    """float32[size] that the kernel writes, prefilled with NaN so that floats it leaves alone show."""
+def run_kernel(func: Any, inputs: Sequence[np.ndarray], size: int | tuple[int, ...], target: CpuTarget) -> np.ndarray:
+    """The float32 output of shape ``size`` that the kernel writes, prefilled with NaN so that floats it leaves alone show."""
     import tvm
 
     arguments = [tvm.runtime.tensor(np.ascontiguousarray(array)) for array in inputs]

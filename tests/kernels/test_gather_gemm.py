@@ -112,13 +112,13 @@ def make(
             part = x[:, :, py :: phases.sy, px :: phases.sx]
             stored[:, i::count, : part.shape[2], : part.shape[3]] = part
     s, d = Slot(src, src.size), Slot(dst, dst.size)
-    chosen = dataclasses.replace(conv.default_knobs(wl, rows, dense, s, d, target), **knobs)
+    chosen = dataclasses.replace(conv.default_knobs(wl, rows, dense, s, d, target, density), **knobs)
     res = rng.standard_normal(wl.out_shape).astype(np.float32) if residual else None
     kernel = conv.build(
-        wl, w, s, d, chosen, target,
+        wl, w, s, d, chosen,
         epilogue=BIAS_ADD_RELU if residual else BIAS_RELU, tensors=(d,) if residual else (),
     )  # fmt: skip
-    func = gather_gemm.emit(kernel.gemm, target).with_attr("global_symbol", "main")
+    func = gather_gemm.emit(kernel.gemm).with_attr("global_symbol", "main")
     executable = tvm.compile(func, target=target.tvm())
     arrays = [pack(src, stored), *kernel.constants, bias, *([pack(dst, res)] if residual else [])]
     args = [tvm.runtime.tensor(a) for a in (*arrays, np.full(dst.size, np.nan, np.float32))]
@@ -187,9 +187,7 @@ def test_source_and_output_must_share_positions() -> None:
     dst = plane(1, 2, 8, 8, Space(10, 9), Halo())
     knobs = gather_gemm.Knobs(1, 2, 2)
     with pytest.raises(InternalError, match="planes differ"):
-        conv.build(
-            wl, np.ones(wl.weight_shape, np.float32), Slot(src, src.size), Slot(dst, dst.size), knobs, TARGETS["znver4"]
-        )
+        conv.build(wl, np.ones(wl.weight_shape, np.float32), Slot(src, src.size), Slot(dst, dst.size), knobs)
 
 
 @pytest.mark.parametrize("dense", [False, True])

@@ -17,7 +17,7 @@ WORKLOADS = [
     LRNWorkload(5, 1e-1, 0.75, 2.0),
     LRNWorkload(4, 0.3, 0.5),
     LRNWorkload(1, 0.3, 1.0),
-    LRNWorkload(13, 0.3, 0.61, 0.7),
+    LRNWorkload(13, 0.3, -0.75, 0.7),
 ]
 SHAPES = [(1, 96, 9, 13), (3, 7, 3, 17), (1, 2, 27, 27), (1, 1, 1, 1), (1, 16, 4, 70), (2, 3, 5, 1)]
 
@@ -34,6 +34,14 @@ def test_lrn(workload, shape, lanes):
         func = emit_lrn(workload, src, dst, src_size=src.size, dst_size=dst.size, target=LANES[lanes])
         got = run_kernel(func, [pack(x, src, fill=np.nan)], dst.size, LANES[lanes])
         check_output(got, want, dst, rtol=1e-6)
+
+
+def test_lrn_with_any_exponent():
+    shape, workload = (2, 20, 3, 17), LRNWorkload(13, 0.3, 0.61, 0.7)
+    x = 3 * np.random.default_rng(5).standard_normal(shape).astype(np.float32)
+    src, dst = natural(*shape), plane(*shape, Space(18, 4), Halo(1, 1, 1, 1))
+    func = emit_lrn(workload, src, dst, src_size=src.size, dst_size=dst.size, target=LANES[16])
+    check_output(run_kernel(func, [x.ravel()], dst.size, LANES[16]), lrn_reference(x, workload), dst, rtol=1e-6)
 
 
 @by_lanes

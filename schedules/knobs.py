@@ -1,0 +1,96 @@
+"""Default knobs of the gather GEMM from a small cost model: what a tuned record replaces, and where search starts.
+
+The model counts cycles a row group and tile: each stored entry loads V vectors of the source (or is bound by its R * V
+multiply-adds), each visit of a channel block reloads and stores the accumulators. Its constants were fitted to sweeps on
+Zen 4 (3x3 and 1x1, 64 to 2048 channels, 7x7 to 56x56, 90% sparse): a load that crosses a cache line costs 1.7, and a
+source tile that outgrows L1 slows every load, k x k more than 1x1, since it returns to each line several times.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from ..target import CpuTarget
+from ..workload import ConvWorkload
+from .gather_gemm import Knobs
+from .pointwise import Slot
+
+Tap = tuple[int, int, int]  # phase, row, column
+
+ENTRY = 0.3  # cycles of index and loop for one stored entry, besides half a load slot for each broadcast
+WIDEST = 128  # positions in a tile of one row: wider ones gain nothing and crowd L1
+VISIT = 40.0  # cycles to start a row group in a block, reach its partial sums, and leave its loop (mispredicted)
+CROSSING = 1.7  # a 64-byte load at a random offset against an aligned one
+NARROW = {True: 0.68, False: 0.5}  # 8-lane load or multiply-add on a 16-lane machine: (aligned loads, everything else)
+
+
+def candidates(rows: int, total: int, lanes: int, target: CpuTarget) -> list[int]:
+    """Tile heights V that stay in registers and in accumulator buffers below 1 KB (field limits of TVM), balanced."""
+    registers = target.registers - 6  # the rest holds loaded vectors and broadcasts
+    most = max(1, min(registers // rows, 1008 // (4 * lanes), WIDEST // lanes))
+    return sorted({-(-total // -(-total // v)) for v in range(1, most + 1)})
+
+
+def lines_of_tile(taps: Sequence[Tap], width: int, row_pitch: int) -> int:
+    """Cache lines of one input channel (all phase planes) that a tile of ``width`` positions touches."""
+    lines = 0
+    for phase in {t[0] for t in taps}:
+        rows = [t[1] for t in taps if t[0] == phase]
+        cols = [t[2] for t in taps if t[0] == phase]
+        reach = max(cols) - min(cols)
+        apart = len(set(rows)) * ((width + reach) // 16 + 2)
+        together = ((max(rows) - min(rows)) * row_pitch + width + reach) // 16 + 2
+        lines += min(apart, together)
+    return lines
+
+
+def default_knobs(
+    wl: ConvWorkload,
+    rows: int,
+    dense: bool,
+    src: Slot,
+    dst: Slot,
+    target: CpuTarget,
+    taps: Sequence[Tap],
+    stored: float,
+) -> Knobs:
+    """Knobs for R = ``rows`` (reduced to a divisor where groups need it); ``stored``: fraction of R x 1 blocks kept."""
+    per_group = wl.k // wl.groups
+    if wl.groups > 1:
+        rows = max(r for r in range(1, rows + 1) if per_group % r == 0)
+    rows = min(rows, per_group)
+    cg, positions = wl.c // wl.groups, dst.layout.positions
+    if dense:
+        # Eight accumulators: enough to hide the latency; weights are broadcast memory operands and LLVM never spills.
+        total = -(-positions // target.lanes)
+        vectors = -(-total // -(-total // max(1, 8 // rows)))
+        return Knobs(rows, vectors, cg, _chunks(total, vectors, wl.k // rows), True, target.lanes)
+    aligned = all(t[1] == t[2] == 0 for t in taps)
+    entries = max(stored, 1e-3) * cg * len(taps)
+    best: tuple[float, Knobs] | None = None
+    for lanes in sorted({target.lanes, 8}, reverse=True):
+        unit = 1.0 if lanes == target.lanes else NARROW[False]
+        load = (NARROW[True] if lanes < target.lanes else 1.0) if aligned else CROSSING * unit
+        total = -(-positions // lanes)
+        for vectors in candidates(rows, total, lanes, target):
+            lines = lines_of_tile(taps, vectors * lanes, src.layout.row_pitch)
+            for blocks in sorted({min(cg, 1 << i) for i in range(8)} | {3, 5, 6, 10, 12}):
+                if blocks > cg:
+                    continue
+                block = -(-cg // blocks)
+                excess = math.log2(max(1.0, block * lines * 64 / target.l1_bytes))
+                slow = 1 + (0.30 if len(taps) == 1 else 0.25) * excess
+                entry = max(vectors * rows * unit, vectors * load * slow + rows / 2) + ENTRY
+                visit = VISIT + vectors * rows * unit * (2 if blocks > 1 else 1)
+                cost = total / vectors * (entries * entry + blocks * visit)
+                if best is None or cost < best[0]:
+                    best = cost, Knobs(rows, vectors, block, _chunks(total, vectors, wl.k // rows), False, lanes)
+    assert best is not None
+    return best[1]
+
+
+def _chunks(total: int, vectors: int, groups: int) -> int:
+    """Pieces of the row groups that may run in parallel where there are few tiles."""
+    tiles = -(-total // vectors)
+    return min(max(1, 8 // tiles), max(1, groups))
