@@ -27,7 +27,7 @@ __all__ = ["PoolWorkload", "emit_global_avg_pool", "emit_global_pool", "emit_poo
 SHUFFLE_STEPS = 4
 UNROLL_TAPS = 8  # longer windows loop over their taps
 # A vector that is loaded across two stores still in flight waits for both. With several scratch rows the stores of a
-# row are long done when it is read: 2.5 times faster on 35x35.
+# row are long done when it is read: twice as fast on 35x35.
 ROW_BLOCK = 8
 LANES = 8  # also on AVX-512: every unaligned zmm access crosses a cache line, of the ymm accesses only half
 STACK = 1023  # bytes; TVM takes larger buffers from a workspace pool

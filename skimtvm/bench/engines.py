@@ -4,6 +4,7 @@ so in its row and nothing else happens."""
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -229,13 +230,14 @@ def feeds_for(module: Module) -> dict[str, np.ndarray]:
 
 def difference(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> float | None:
     """Largest difference over all outputs, each relative to the largest value that the other engine computed; None if
-    the outputs do not correspond."""
+    the outputs do not correspond, the largest float if one holds what is no number."""
     if [a.shape for a in ours] != [b.shape for b in theirs]:
         return None
     worst = 0.0
     for a, b in zip(ours, theirs, strict=True):
         scale = max(float(np.abs(b).max(initial=0)), 1e-30)
-        worst = max(worst, float(np.abs(a.astype(np.float64) - b).max(initial=0)) / scale)
+        error = float(np.abs(a.astype(np.float64) - b).max(initial=0)) / scale
+        worst = max(worst, error if np.isfinite(error) else sys.float_info.max)  # JSON has no NaN
     return worst
 
 

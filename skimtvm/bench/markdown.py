@@ -95,7 +95,7 @@ def _optional(value: float | None, digits: int = 2, unit: str = "") -> str:
 def networks(report: Report) -> str:
     """Milliseconds of a run of the whole batch. A cell of an engine that did not run holds the reason."""
     labels = dict.fromkeys(e.label for row in report.networks for e in row.engines)
-    heads = [_head(label) for label in labels]
+    heads = [head(label) for label in labels]
     columns = (
         "network",
         "sparsity",
@@ -110,7 +110,8 @@ def networks(report: Report) -> str:
     return table(columns, (_network(row, list(labels)) for row in report.networks))
 
 
-def _head(label: str) -> str:
+def head(label: str) -> str:
+    """How a reader knows the engine of ``label``."""
     engine, space, model = label.partition(" ")
     return _NAMES.get(engine, engine) + space + model
 
@@ -216,7 +217,7 @@ def _sweep(row: SweepRow) -> list[str]:
 
 def memory(report: Report) -> str:
     columns = ("network", "sparsity", "batch>", "engine", "peak MiB>", "of it after import>", "file, MB>")
-    return table(
+    text = table(
         columns,
         (
             [
@@ -231,6 +232,8 @@ def memory(report: Report) -> str:
             for r in report.memory
         ),
     )
+    note = "Peak resident set of a process that loads the file and runs it once. PyTorch, which tvm-ffi would import where "
+    return f"{text}\n\n{note}it is installed, is hidden from both."
 
 
 def update_readme(report: Report, readme: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import EnvironmentProblem
+from .markdown import head
 from .records import OK, NetworkRow, Report, SweepRow
 
 _AXES = {"sparsity": "share of zeros", "batch": "batch size", "size": "height and width of the image"}
@@ -53,13 +54,15 @@ def _networks(plt: Any, rows: Sequence[NetworkRow], path: Path) -> Path:
         widths = [t.median_ms / n for _, t, n in bars]
         low = [(t.median_ms - t.p10_ms) / n for _, t, n in bars]
         high = [(t.p90_ms - t.median_ms) / n for _, t, n in bars]
-        axes.barh([y for y, _, _ in bars], widths, height, xerr=(low, high), label=label, error_kw={"linewidth": 0.8})
+        axes.barh(
+            [y for y, _, _ in bars], widths, height, xerr=(low, high), label=head(label), error_kw={"linewidth": 0.8}
+        )
     names = [f"{r.network} {r.sparsity}, batch {r.batch}, {r.threads} thr." for r in rows]
     axes.set_yticks([y + 0.4 - height / 2 for y in range(len(rows))], names)
     axes.invert_yaxis()
     axes.set_xlabel("ms an image (median, 10th to 90th percentile)")
     axes.set_title(rows[0].terms.cpu)
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=150)
     plt.close(figure)
     return path

@@ -39,7 +39,7 @@ def compile_kernel(func: Any, target: CpuTarget) -> Any:
 
 
 def run_kernel(func: Any, inputs: Sequence[np.ndarray], size: int | tuple[int, ...], target: CpuTarget) -> np.ndarray:
-    """The float32 output of shape ``size`` that the kernel writes, prefilled with NaN so that floats it leaves alone show."""
+    """float32 of shape ``size`` that the kernel writes, prefilled with NaN so that floats it leaves alone show."""
     import tvm
 
     arguments = [tvm.runtime.tensor(np.ascontiguousarray(array)) for array in inputs]

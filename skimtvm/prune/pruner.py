@@ -222,7 +222,7 @@ class Pruner:
 
 def zeros(w: Array) -> float:
     """Share of exact zeros."""
-    return 1 - np.count_nonzero(w) / w.size if w.size else 0.0
+    return 1 - int(np.count_nonzero(w)) / w.size if w.size else 0.0
 
 
 def _copy_into(buffer: Array | None, source: Array) -> Array:
