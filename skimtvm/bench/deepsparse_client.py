@@ -51,7 +51,7 @@ class DeepSparse:
         self._log = open(self._work / "log.txt", "wb")  # noqa: SIM115 (lives as long as the child)
         try:
             self._child = subprocess.Popen(
-                [str(python), "-u", str(WORKER)],
+                [os.path.abspath(python), "-u", str(WORKER)],  # not resolved: the link's place makes the environment
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._log,

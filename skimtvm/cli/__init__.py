@@ -19,8 +19,11 @@ from .bench import bench_command
 from .compile import compile_command
 from .demo import demo_command
 from .inspect import inspect_command
+from .plot import plot_command
 from .profile import profile_command
+from .prune import prune_command
 from .run import run_command
+from .train_demo import train_demo_command
 
 INTERRUPTED = 130  # what a shell reports for a process that Ctrl-C ended
 CRASHED = 70  # EX_SOFTWARE

@@ -128,9 +128,6 @@ def _measure(output: Path, *, append: bool, overwrite: bool, **options: Any) -> 
             report = records.read(file)
         elif not overwrite:
             raise OutputExists(f"'{file}' exists; pass --append to add to it or --overwrite to replace it")
-    from ..tvm_runtime import import_compiler
-
-    import_compiler()
     for row in _rows(**options):
         report = report.with_row(row)
         records.write_text(file, report.to_json())
@@ -158,6 +155,7 @@ def _rows(
     from ..bench.sparsity import Sparsity
     from ..bench.timing import Rounds
     from ..errors import InvalidOption
+    from ..tvm_runtime import import_compiler
 
     names = networks or (("resnet50",) if sweeps or memory else NETWORKS)
     for name in names:
@@ -165,6 +163,9 @@ def _rows(
             raise InvalidOption(f"network '{name}' is not in the zoo; choose from {', '.join(sorted(zoo.NAMES))}")
     whole = not (layers or sweeps or memory)
     kinds = [Sparsity.parse(text) for text in sparsity or (("seed", "0.9") if whole else ("0.9",))]
+    if layers:
+        _check_layers(more["only"])
+    import_compiler()
     who = Peers(tuple(p for p in peers if p != "none"), deepsparse_python)
     terms = machine.terms(sys.argv[1:])
     common: dict[str, Any] = {"terms": terms, "rounds": Rounds(repeat, warmup)}
@@ -198,6 +199,16 @@ def _network_rows(
                 yield measure_network(name, kind, n, threads, peers=peers, say=say, **common)
 
 
+def _check_layers(only: tuple[str, ...] | None) -> None:
+    from ..bench.layer_cases import CASES
+    from ..errors import InvalidOption
+
+    names = [case.name for case in CASES]
+    for name in only or ():
+        if name not in names:
+            raise InvalidOption(f"--only {name}: no such layer; choose from {', '.join(names)}")
+
+
 def _layer_rows(
     kinds: Any, threads: int, peers: Peers, rounds: Rounds, terms: Any, only: tuple[str, ...] | None
 ) -> Iterator[Row]:
@@ -205,12 +216,7 @@ def _layer_rows(
     from ..bench.layer_cases import CASES
     from ..bench.layers import measure_layer
     from ..bench.machine import Rates
-    from ..errors import InvalidOption
 
-    names = [case.name for case in CASES]
-    for name in only or ():
-        if name not in names:
-            raise InvalidOption(f"--only {name}: no such layer; choose from {', '.join(names)}")
     dense = Peers(tuple(p for p in peers.names if p in _LAYER_PEERS))
     rates = Rates.measure(threads)
     click.echo(f"practical peak {rates.peak_gflops:.1f} GFLOP/s, reading memory {rates.bandwidth_gbs:.1f} GB/s")

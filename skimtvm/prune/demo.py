@@ -152,7 +152,8 @@ class _Run:
         if name == "prune" and c.steer and c.method not in ("dense", "ramp"):
             # Linear, so that the strength of the penalty changes little; the last fifth is for settling.
             wanted = ramp_to_sparsity(self._target(), begin=0, end=max(steps * 4 // 5, 1), power=1.5)
-            self.steering = Steering(self.sgd.pruner, list(self.pruned()), dial, wanted)
+            # About 200 corrections, however short the phase: the gain is made for that.
+            self.steering = Steering(self.sgd.pruner, list(self.pruned()), dial, wanted, every=max(steps // 200, 1))
 
     def _importance(self, name: str, w: Array) -> Array:
         """Magnitudes that compare within the network: of single weights, or of blocks (one value for each weight)."""

@@ -40,7 +40,7 @@ class Config:
     threshold: float = 1e-4
     factor: float = 10.0
     block: int = 4
-    epochs: tuple[int, int, int] = (10, 5, 6)
+    epochs: tuple[int, int, int] = (8, 4, 5)
     batch: int = 128
     lr: float = 0.05
     prune_lr: float = 0.02
