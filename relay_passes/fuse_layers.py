@@ -130,9 +130,11 @@ def _gate_free(graph: Graph, batch_one: bool) -> Callable[[Any, dict[Any, None]]
 
 @tvm.transform.module_pass(opt_level=0, name="FuseLayers")
 class FuseLayers:
-    """``layers``: names of the groups that were made, by function name."""
+    """``gates``: allow operands f32[1, C, 1, 1] in the epilogues of a network of batch 1. ``layers``: names of the groups
+    that were made, by function name."""
 
-    def __init__(self) -> None:
+    def __init__(self, gates: bool = True) -> None:
+        self.gates = gates
         self.layers: dict[str, str] = {}
 
     def transform_module(self, mod: tvm.IRModule, ctx: Any) -> tvm.IRModule:
@@ -144,7 +146,7 @@ class FuseLayers:
         for var in reversed(finder.order):
             kind = anchor_kind(graph.defs[var])
             if kind:
-                members = finder.grow(var, _gate_free(graph, shape_of(var)[0] == 1))
+                members = finder.grow(var, _gate_free(graph, self.gates and shape_of(var)[0] == 1))
                 finder.claim(members)
                 groups.append((kind, members))
         for var in finder.order:

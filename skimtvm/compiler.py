@@ -12,7 +12,7 @@ import tvm
 
 from . import pipeline
 from .errors import InternalError, InvalidOption, SkimError
-from .importer import load_model
+from .importer import ImportedModel, load_model
 from .report import Manifest
 from .target import resolve
 
@@ -67,6 +67,7 @@ def compile_model(
         lowered = pipeline.run(
             model.mod,
             cpu,
+            single=_single(source, model, options),
             threshold=options.sparse_threshold,
             force=dict(options.force),
             dump_dir=options.dump_ir,
@@ -97,6 +98,18 @@ def compile_model(
     )
     step("done", 1.0)
     return Compiled(manifest, executable)
+
+
+def _single(source: Any, model: ImportedModel, options: CompileOptions) -> Any:
+    """The network at batch 1, when every input and output carries the same larger batch; None when there is no such."""
+    batches = {s.shape[0] if s.shape else 0 for s in (*model.inputs, *model.outputs)}
+    if len(batches) != 1 or max(batches) < 2:
+        return None
+    shapes = {name: (1, *shape[1:]) for name, shape in options.input_shapes}
+    try:
+        return load_model(source, input_shapes=shapes or None, batch=1).mod
+    except SkimError:  # the batch is part of the network's own shapes
+        return None
 
 
 def build(mod: tvm.IRModule, target: Any) -> Any:

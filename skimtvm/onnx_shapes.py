@@ -197,7 +197,10 @@ def change_batch(model: Any, shapes: Mapping[str, Sequence[int]], old: int, new:
     """
     before = skeleton(model)
     forget_shapes(before)
-    known = fold(before)
+    known = dict(fold(before))
+    for node in model.graph.node:  # folding drops these, and the names behind them
+        if node.op_type in ("Dropout", "Identity") and node.output[0] not in known and node.input[0] in known:
+            known[node.output[0]] = known[node.input[0]]
     set_input_shapes(model, shapes)
     initial = {t.name: t for t in model.graph.initializer}
     fresh: dict[str, str] = {}

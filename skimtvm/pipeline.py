@@ -17,10 +17,13 @@ from .chooser import Choice, choose
 from .errors import InvalidOption
 from .formats.stats import analyse
 from .relay_passes import simplify_passes
+from .relay_passes._utils import Graph, shape_of
 from .relay_passes.fuse_layers import FuseLayers
+from .relay_passes.join_batch import join
 from .relay_passes.layers import read_layer
 from .relay_passes.legalize_rest import legalize_rest
 from .relay_passes.lower_layers import LowerLayers
+from .relay_passes.split_batch import compare, find_cut, halves
 from .relay_passes.verify import verify_lowered
 from .report import LayerRecord
 from .target import CpuTarget
@@ -81,34 +84,73 @@ def run(
     mod: tvm.IRModule,
     target: CpuTarget,
     *,
+    single: tvm.IRModule | None = None,
     threshold: float | None = None,
     force: dict[str, str] | None = None,
     dump_dir: Path | None = None,
     progress: Progress | None = None,
 ) -> Lowered:
-    """Imported module -> lowered module with its report."""
+    """Imported module -> lowered module with its report.
+
+    ``single``: the same network imported at batch 1, when ``mod`` has a larger batch; its first layers may then run image
+    by image (``split_batch``).
+    """
     step, dump = progress or (lambda phase, fraction: None), _Dump(dump_dir)
     dump("import", mod)
     # 1. one canonical form of each layer: constants folded, normalisation folded into weights, NCHW, no exporter noise
     step("simplify", 0.05)
-    mod = tvm.transform.Sequential(simplify_passes())(mod)
+    simplify = tvm.transform.Sequential(simplify_passes())
+    mod = simplify(mod)
     dump("simplify", mod)
     # 2. layers: a convolution, dense layer or element-wise chain with its epilogue becomes one function
     step("fuse", 0.15)
-    fuse: Any = FuseLayers()
-    mod = fuse(mod)
-    dump("fuse_layers", mod)
+    whole = _fuse(mod, gates=True)
+    dump("fuse_layers", whole)
     # 3. sparse or dense, layer by layer
-    choices = choose_kernels(mod, threshold, force or {})
-    # 4. flat activation buffers, kernels of our own
+    choices = choose_kernels(whole, threshold, force or {})
+    if single is not None:
+        parts = _split(mod, simplify(single), target, choices)
+        if parts is not None:
+            first, second, batch, reason = parts
+            step("lower", 0.2)
+            one = _lower(first, target, choices, dump, "image_")
+            rest = _lower(second, target, choices, dump, "") if second is not None else None
+            reports = (one.layers, one.calls), (rest.layers, rest.calls) if rest else ((), ())
+            joined = Lowered(*join(one.mod, rest.mod if rest else None, reports, batch, target, reason))
+            dump("join_batch", joined.mod)
+            return joined
     step("lower", 0.2)
+    return _lower(whole, target, choices, dump, "")
+
+
+def _fuse(mod: tvm.IRModule, gates: bool) -> tvm.IRModule:
+    fuse: Any = FuseLayers(gates)
+    fused: tvm.IRModule = fuse(mod)
+    return fused
+
+
+def _split(
+    mod: tvm.IRModule, single: tvm.IRModule, target: CpuTarget, choices: dict[str, Choice]
+) -> tuple[tvm.IRModule, tvm.IRModule | None, int, str] | None:
+    """Both halves of a network that gains from running its first layers image by image."""
+    batched, one = Graph.of(_fuse(mod, gates=False)), Graph.of(_fuse(single, gates=False))
+    if batched is None or one is None:
+        return None
+    batch = shape_of(batched.func.params[0])[0]
+    if compare(one, batched, batch):
+        return None
+    cut = find_cut(one, batched, batch, choices, target)
+    return (*halves(one, batched, cut), batch, cut.reason) if cut.index else None
+
+
+def _lower(mod: tvm.IRModule, target: CpuTarget, choices: dict[str, Choice], dump: _Dump, prefix: str) -> Lowered:
+    """Fused module -> kernel calls."""
+    # 4. flat activation buffers, kernels of our own
     lower: Any = LowerLayers(target, choices)
     mod = lower(mod)
-    dump("lower_layers", mod, lower.plan.describe() if lower.plan else "")
+    dump(f"{prefix}lower_layers", mod, lower.plan.describe() if lower.plan else "")
     # 5. everything else: TVM's definitions of the operators, under a generic schedule
-    step("legalize", 0.4)
     with target.tvm():
         mod = legalize_rest(target)(mod)
-    dump("legalize_rest", mod)
-    layers, calls = verify_lowered(mod, lower.calls)
-    return Lowered(mod, layers, calls)
+    dump(f"{prefix}legalize_rest", mod)
+    return Lowered(mod, *verify_lowered(mod, lower.calls))

@@ -50,37 +50,46 @@ class Transform:
     @functools.cached_property
     def filter_matrix(self) -> Array:
         """G (x) G: f64[t * t, r * r], vec(U) = filter_matrix @ vec(w)."""
-        return np.kron(self.g, self.g)
+        return np.asarray(np.kron(self.g, self.g), np.float64)
 
     @functools.cached_property
     def filter_inverse(self) -> Array:
         """Pseudo-inverse of filter_matrix: f64[r * r, t * t]."""
-        return np.linalg.pinv(self.filter_matrix)
+        return np.asarray(np.linalg.pinv(self.filter_matrix), np.float64)
 
     @functools.cached_property
     def input_matrix(self) -> Array:
         """B^T (x) B^T: f64[t * t, t * t], vec(V) = input_matrix @ vec(d)."""
-        return np.kron(self.bt, self.bt)
+        return np.asarray(np.kron(self.bt, self.bt), np.float64)
 
     @functools.cached_property
     def output_matrix(self) -> Array:
         """A^T (x) A^T: f64[m * m, t * t], vec(Y) = output_matrix @ vec(M)."""
-        return np.kron(self.at, self.at)
+        return np.asarray(np.kron(self.at, self.at), np.float64)
 
     @functools.cached_property
     def output_norms(self) -> Array:
         """f64[t, t]: L2 norm of what a unit at each position of the tile adds to the output, ||row_j(A (x) A)||."""
-        return np.sqrt((self.output_matrix**2).sum(axis=0)).reshape(self.tile, self.tile)
+        return self._norms(self.output_matrix, 0)
+
+    @functools.cached_property
+    def effect(self) -> Array:
+        """f64[t, t]: how much the outputs of a tile change for a unit change of each Winograd-domain weight, for inputs
+        of independent pixels with unit variance: ||row_j(B^T (x) B^T)|| times output_norms."""
+        return self.output_norms * self._norms(self.input_matrix, 1)
 
     @functools.cached_property
     def filter_norms(self) -> Array:
         """f64[t, t]: ||row_j(G (x) G)||, the scale of each Winograd-domain weight of a filter with unit weights."""
-        return np.sqrt((self.filter_matrix**2).sum(axis=1)).reshape(self.tile, self.tile)
+        return self._norms(self.filter_matrix, 1)
 
     @functools.cached_property
     def inverse_norms(self) -> Array:
         """f64[t, t]: ||pinv(G (x) G)[:, j]||, how much each Winograd-domain weight moves the spatial filter."""
-        return np.sqrt((self.filter_inverse**2).sum(axis=0)).reshape(self.tile, self.tile)
+        return self._norms(self.filter_inverse, 0)
+
+    def _norms(self, matrix: Array, axis: int) -> Array:
+        return np.asarray(np.linalg.norm(matrix, axis=axis), np.float64).reshape(self.tile, self.tile)
 
     def forward(self, weight: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """G w G^T: [..., r, r] -> [..., t, t], in the dtype of ``weight``."""

@@ -83,5 +83,15 @@ def main(debug: bool) -> None:
     """Compile pruned ONNX networks to sparse CPU modules, run and profile them."""
 
 
-for _command in (compile_command, run_command, inspect_command, profile_command, demo_command, bench_command):
+for _command in (
+    compile_command,
+    run_command,
+    inspect_command,
+    profile_command,
+    demo_command,
+    bench_command,
+    prune_command,
+    train_demo_command,
+    plot_command,
+):
     main.add_command(_command)

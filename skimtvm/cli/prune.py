@@ -17,12 +17,14 @@ from ._common import file_size, number, plural, print_table, quantity
 @click.option(
     "--pattern", default="element", show_default=True, help="element, block4 (4x1), 4x2, filter, channel, column or 2:4."
 )
-@click.option("--keep", default="", help="Layers to leave alone: first, last, depthwise, 1x1, conv, dense or name patterns, by commas.")
+@click.option(
+    "--keep", default="", help="Leave alone, by commas: first, last, depthwise, 1x1, conv, dense, or patterns of names."
+)
 @click.option("--global", "together", is_flag=True, help="One threshold for all layers together.")
 @click.option("--keep-channels", is_flag=True, help="Do not remove dead channels from the graph.")
 @click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def prune_command(  # noqa: PLR0917 (click passes the options by name)
+def prune_command(
     model: Path,
     output: Path,
     sparsity: float | None,

@@ -49,7 +49,7 @@ class Epochs(click.ParamType):
 @click.option("--checkpoint-every", type=click.IntRange(min=1), help="Batches between checkpoints.  [default: 30 s]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
-def train_demo_command(  # noqa: PLR0917 (click passes the options by name)
+def train_demo_command(
     runs: Path, run_dir: Path | None, checkpoint_every: int | None, as_json: bool, quiet: bool, **options: Any
 ) -> None:
     """Train a small network, prune it while training, fine-tune it with the mask and write model.onnx.

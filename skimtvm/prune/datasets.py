@@ -53,10 +53,7 @@ def load(data: str = "fashion", *, limit: int | None = None) -> Dataset:
     ``limit``: use the first so many training images. Raises InvalidOption for a folder that does not hold them,
     EnvironmentProblem for a dataset that is not installed.
     """
-    if data in _PACKAGED:
-        raw = _packaged(data)
-    else:
-        raw = _idx_folder(FASHION if data == "fashion" else Path(data), data)
+    raw = _packaged(data) if data in _PACKAGED else _idx_folder(FASHION if data == "fashion" else Path(data), data)
     images, labels, test, test_labels = raw
     if limit is not None:
         if limit < 1:
@@ -128,7 +125,8 @@ def augmented(images: npt.NDArray[np.float32], rng: np.random.Generator, shift: 
     n, _, h, w = images.shape
     low = float(images.min())
     padded = np.pad(images, ((0, 0), (0, 0), (shift, shift), (shift, shift)), constant_values=low)
-    rows, columns = rng.integers(0, 2 * shift + 1, (2, n))
-    y = rows[:, None] + np.arange(h)
-    x = columns[:, None] + np.where(rng.random(n)[:, None] < 0.5, np.arange(w), np.arange(w)[::-1])
+    moves = rng.integers(0, 2 * shift + 1, (n, 2))
+    mirrored = rng.random((n, 1)) < 0.5
+    y = moves[:, :1] + np.arange(h)
+    x = moves[:, 1:] + np.where(mirrored, np.arange(w)[::-1], np.arange(w))
     return np.ascontiguousarray(padded[np.arange(n)[:, None, None], 0, y[:, :, None], x[:, None, :]][:, None])

@@ -21,12 +21,12 @@ from . import datasets
 from .files import load_arrays, save_arrays, write_bytes
 from .groups import Blocks
 from .masks import Mask, smallest
-from .native import balanced_l1_scale, spatial_rates
+from .native import balanced_rates, balanced_scale
 from .nets import Conv, NumpyNet, network, to_onnx
 from .pruner import TrainingDiverged, zeros
 from .regularizers import ISTA, L1, L2, GroupLasso, L1Surgery
 from .rules import Rule, layer_name
-from .rundir import Config, RunDir
+from .rundir import Config, RunDir, read_config
 from .schedules import Cosine, Schedule, ramp_to_sparsity
 from .solver import SGD
 from .steering import Dial, Steering
@@ -95,11 +95,12 @@ class _Run:
         """Learning-rate factor of a weight: positions of the Winograd domain have very different scales."""
         if not self.native or name not in self.pruned():
             return 1.0
-        return spatial_rates(of_tile(self.net.parameters[name].shape[-1], self.filter_size(name)))
+        return balanced_rates(of_tile(self.net.parameters[name].shape[-1], self.filter_size(name)))
 
     def _pruning_rule(self, name: str, steps: int) -> Rule:
         c = self.config
         decay = c.decay or 0.0
+        target = ramp_to_sparsity(self._target(), begin=0, end=max(steps * 3 // 4, 1))
         adjusted = GradientAdjusted(c.threshold, factor=c.factor)
         if c.method == "l1":
             return Rule(L1(decay), adjusted)
@@ -114,8 +115,9 @@ class _Run:
             r = self.filter_size(name)
             f = of_tile(self.net.parameters[name].shape[-1], r)
             limit = WinogradAdjusted(c.threshold, factor=c.factor, r=r)
-            return Rule(L1(decay, balanced_l1_scale(f)), limit, lr_mult=self.rates(name))
-        target = ramp_to_sparsity(self._target(), begin=0, end=max(steps * 3 // 4, 1))
+            # The penalty alone would have to be so strong that training suffers: a growing mask helps it.
+            mask = Mask(scale=f.effect.astype(np.float32))
+            return Rule(L1(decay, balanced_scale(f)), limit, mask, target, every=10, lr_mult=self.rates(name))
         return Rule(L2(c.l2), mask=Mask(), sparsity=target, every=10)
 
     def _target(self) -> float:
@@ -149,7 +151,7 @@ class _Run:
             every |= {n: Rule(L2(c.l2), mask=Mask(), lr_mult=self.rates(n)) for n in self.pruned()}
         self.sgd = SGD(self.net.parameters, every, lr=lr, momentum=c.momentum)
         self.steering = None
-        if name == "prune" and c.steer and c.method not in ("dense", "ramp"):
+        if name == "prune" and c.steer and c.method not in ("dense", "ramp", "winograd"):
             # Linear, so that the strength of the penalty changes little; the last fifth is for settling.
             wanted = ramp_to_sparsity(self._target(), begin=0, end=max(steps * 4 // 5, 1), power=1.5)
             # About 200 corrections, however short the phase: the gain is made for that.
@@ -159,7 +161,7 @@ class _Run:
         """Magnitudes that compare within the network: of single weights, or of blocks (one value for each weight)."""
         if self.native:
             f = of_tile(w.shape[-1], self.filter_size(name))
-            return np.abs(w) / f.filter_norms.astype(w.dtype)
+            return np.abs(w) * f.effect.astype(w.dtype)
         if self.config.method == "group":
             blocks = Blocks(self.config.block)
             size = np.sqrt(blocks.sums(w * w) / blocks.sizes(w.shape))
@@ -177,7 +179,7 @@ class _Run:
             return
         drop = smallest(np.concatenate([s.reshape(-1) for s in sizes.values()]), target)
         start = 0
-        for name, w in chosen.items():
+        for w in chosen.values():
             part = drop[start : start + w.size].reshape(w.shape)
             start += w.size
             if self.config.method == "group":  # a block that ties cut in two goes as a whole
@@ -202,7 +204,7 @@ class _Run:
             self.net.to_winograd()
             self.native = True
         self._fill({k.removeprefix("net/"): v for k, v in state.items() if k.startswith("net/")})
-        if self.phase < len(PHASES):
+        if self.phase < self.config.phases:
             self.begin_phase(resumed=True)
             self.sgd.load_state_dict({k.removeprefix("sgd/"): v for k, v in state.items() if k.startswith("sgd/")})
             if self.steering is not None:
@@ -285,9 +287,23 @@ def train(
     return Result(folder, run.dense_accuracy, run.accuracy(), overall, chosen, layers, run.seconds)
 
 
+def predict(folder: Path) -> tuple[Array, datasets.Dataset]:
+    """Logits f32[N, classes] of a finished run's network for all test images, from the framework that trained it.
+
+    Raises InvalidOption for a folder without a finished run.
+    """
+    config = read_config(folder)
+    run = _Run(config, RunDir(folder, config), datasets.load(config.data, limit=config.limit))
+    state = load_arrays(run.folder.checkpoint)
+    run.restore(state)
+    if run.phase < config.phases:
+        raise InvalidOption(f"run directory '{folder}' is not finished; run it again to go on")
+    return run.net.logits(run.data.test_images), run.data
+
+
 def _phases(run: _Run, progress: Progress | None, checkpoint_every: int | None) -> None:
     c = run.config
-    last = 1 if c.method == "dense" else len(PHASES)
+    last = c.phases
     total = sum(c.epochs[:last])
 
     def tick(part: float) -> None:
@@ -321,4 +337,4 @@ def _phases(run: _Run, progress: Progress | None, checkpoint_every: int | None) 
         run.phase, run.epoch = run.phase + 1, 0
         if run.phase < last:
             run.begin_phase()
-            run.save()
+        run.save()

@@ -42,6 +42,9 @@ class Elements:
         return "elements"
 
 
+ELEMENTS = Elements()
+
+
 @dataclass(frozen=True)
 class Filters(Elements):
     """Rows: all weights of an output channel (the seed's breadth_decay)."""
@@ -54,6 +57,9 @@ class Filters(Elements):
 
     def __str__(self) -> str:
         return "filters"
+
+
+FILTERS = Filters()
 
 
 @dataclass(frozen=True)

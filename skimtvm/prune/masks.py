@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import InvalidOption
-from .groups import Columns, Elements, Filters
+from .groups import ELEMENTS, Columns, Elements, Filters
 
 Array = npt.NDArray[Any]
 Keep = npt.NDArray[np.bool_]
@@ -48,7 +48,7 @@ class Mask:
     """
 
     threshold: float = 0.0
-    groups: Elements = Elements()
+    groups: Elements = ELEMENTS
     scale: Array | None = field(default=None, compare=False)
 
     def magnitude(self, w: Array) -> Array:

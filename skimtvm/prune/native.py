@@ -97,14 +97,16 @@ class WinogradConv2d:
         return dx, np.ascontiguousarray(du), dy.sum(axis=(0, 2, 3))
 
 
-def spatial_rates(f: Transform) -> Array:
-    """f64[t, t]: learning-rate factors that make a step on U move the output as a step on the spatial filter would.
+def balanced_rates(f: Transform) -> Array:
+    """f64[t, t]: learning-rate factors with which each position of U changes the output at the same speed.
 
-    U = G w G^T has positions of very different scale; the factor of each is ||row_j(G (x) G)||^2.
+    The positions differ in scale by a factor of hundreds, so that one learning rate for all either diverges or stands
+    still. The sum of rate times squared effect is that of the spatial filter at rate 1.
     """
-    return f.filter_norms**2
+    return (f.m * f.r / f.tile / f.effect) ** 2
 
 
-def balanced_l1_scale(f: Transform) -> Array:
-    """f64[t, t]: with it (``L1(scale=...)``) and ``spatial_rates`` every position shrinks at the same relative speed."""
-    return 1 / f.filter_norms
+def balanced_scale(f: Transform) -> Array:
+    """f64[t, t]: with it (``L1(scale=...)``) and ``balanced_rates`` the penalty shrinks every position's effect on the
+    output at the same speed."""
+    return f.effect * f.tile / (f.m * f.r)

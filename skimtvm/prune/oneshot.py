@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from ..onnx_read import read_model
 from . import dead_channels
 from .files import check_output, write_bytes
 from .groups import Blocks, Elements, parse
-from .masks import Mask, check_sparsity
+from .masks import Mask, check_sparsity, smallest
 from .rules import matching
 from .weights import Graph, WeightedLayer, graph_array, layers
 
@@ -231,16 +232,21 @@ def _read_table(path: Path, found: list[WeightedLayer]) -> tuple[dict[str, float
 
 
 def _seed_table(networks: Mapping[str, Any], found: list[WeightedLayer], path: Path) -> dict[str, float]:
-    """From a file with several networks, in percent, the one all of whose layers are in the model."""
+    """From a file with several networks, in percent, the one most of whose layers are in the model."""
     from ..zoo import _weight_of
 
     known = {alias for layer in found for alias in (layer.name, layer.tensor)}
+    best: dict[str, float] = {}
     for network, entry in networks.items():
-        for rename in (lambda layer: layer, lambda layer, n=network: _weight_of(n, layer)):
-            table = {rename(layer): float(v) / 100 for layer, v in entry["layers"].items()}
-            if table and known.issuperset(table):
-                return table
-    raise InvalidOption(f"table '{path}': none of its networks ({', '.join(networks)}) has the layers of this model")
+        for rename in (str, functools.partial(_weight_of, network)):
+            listed = {rename(layer): float(v) / 100 for layer, v in entry["layers"].items()}
+            table = {name: v for name, v in listed.items() if name in known}
+            # Heads that serve training only are missing from a deployed network.
+            if 2 * len(table) > len(listed) and len(table) > len(best):
+                best = table
+    if not best:
+        raise InvalidOption(f"table '{path}': none of its networks ({', '.join(networks)}) has the layers of this model")
+    return best
 
 
 def _kept(found: list[WeightedLayer], keep: Iterable[str]) -> dict[str, str]:
@@ -262,27 +268,34 @@ def _kept(found: list[WeightedLayer], keep: Iterable[str]) -> dict[str, str]:
 
 def _prune_together(graph: Graph, chosen: list[WeightedLayer], sparsity: float, pattern: str) -> None:
     """One threshold for all layers, at which ``sparsity`` of their weights are zero; no layer loses its last group."""
-    sizes, counts, owners = [], [], []
-    for i, layer in enumerate(chosen):
+    sizes, counts = [], []
+    for layer in chosen:
         groups = _groups(pattern, layer)
         rows = layer.rows_first(graph_array(graph, layer))
-        size = Mask(groups=groups, scale=layer.scale()).magnitude(rows).astype(np.float64).reshape(-1)
+        size = Mask(groups=groups, scale=layer.scale()).magnitude(rows).astype(np.float32).reshape(-1)
         size[size.argmax()] = np.inf
         sizes.append(size)
-        count = np.ones(size.size) if type(groups) is Elements else groups.sizes(rows.shape).reshape(-1)
-        counts.append(count)
-        owners.append(np.full(size.size, i))
+        if type(groups) is not Elements:
+            counts.append(groups.sizes(rows.shape).reshape(-1))
     if not chosen:
         return
-    size, count, owner = np.concatenate(sizes), np.concatenate(counts), np.concatenate(owners)
+    drop = _smallest_together(np.concatenate(sizes), np.concatenate(counts) if counts else None, sparsity)
+    start = 0
+    for layer, size in zip(chosen, sizes, strict=True):
+        w = graph_array(graph, layer)
+        rows, groups = layer.rows_first(w), _groups(pattern, layer)
+        per_group = drop[start : start + size.size].reshape(groups.sums(rows).shape)
+        start += size.size
+        out = np.where(groups.spread(per_group, rows.shape), 0, rows).astype(w.dtype)
+        graph.set(layer.tensor, layer.rows_back(out, w.shape))
+
+
+def _smallest_together(size: Array, count: Array | None, sparsity: float) -> Array:
+    """True at the smallest groups that make up ``sparsity`` of all weights; ``count``: weights in each, None for one."""
+    if count is None:
+        return smallest(size, sparsity) & np.isfinite(size)
     order = np.argsort(size, kind="stable")
     removed = np.cumsum(count[order]) <= sparsity * count.sum() + 0.5
     drop = np.zeros(size.size, bool)
     drop[order[removed & np.isfinite(size[order])]] = True
-    for i, layer in enumerate(chosen):
-        w = graph_array(graph, layer)
-        rows, groups = layer.rows_first(w), _groups(pattern, layer)
-        mine = drop[owner == i]
-        per_group = mine.reshape(rows.shape) if type(groups) is Elements else mine.reshape(groups.sizes(rows.shape).shape)
-        out = np.where(groups.spread(per_group, rows.shape), 0, rows).astype(w.dtype)
-        graph.set(layer.tensor, layer.rows_back(out, w.shape))
+    return drop

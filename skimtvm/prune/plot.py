@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from itertools import pairwise
 from pathlib import Path
 
 from ..errors import EnvironmentProblem, InvalidOption
@@ -46,7 +47,7 @@ def plot(run: str | Path, output: str | Path | None = None, *, overwrite: bool =
         bottom.set_ylim(-2, 102)
         for axis in (top, bottom):
             axis.grid(alpha=0.3)
-            for before, after in zip(records, records[1:], strict=False):
+            for before, after in pairwise(records):
                 if before["phase"] != after["phase"]:
                     axis.axvline(before["step"], color="gray", linestyle="--", linewidth=1)
                     if axis is top:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from ..errors import InvalidOption
 from ..winograd import Transform, transform
-from .groups import Elements, Filters
+from .groups import FILTERS, Elements
 
 Array = npt.NDArray[Any]
 
@@ -115,7 +115,7 @@ class GroupLasso(Regularizer):
     ``by_size`` weighs each group by the square root of its size, so that groups of different layers compare.
     """
 
-    groups: Elements = Filters()
+    groups: Elements = FILTERS
     by_size: bool = False
 
     def _weights(self, w: Array) -> Array | float:

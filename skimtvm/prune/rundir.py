@@ -18,7 +18,7 @@ from .files import load_arrays, save_arrays, write_bytes
 
 Arrays = dict[str, npt.NDArray[Any]]
 METHODS = ("dense", "l1", "surgery", "ista", "group", "ramp", "winograd")
-_DECAY = {"l1": 1e-4, "surgery": 1e-4, "ista": 1e-4, "group": 3e-4, "winograd": 3e-5}
+_DECAY = {"l1": 1e-4, "surgery": 1e-4, "ista": 1e-4, "group": 3e-4, "winograd": 3e-4}
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,9 @@ class Config:
     """Everything that the result of a run depends on.
 
     ``epochs``: dense training, pruning, fine-tuning with the mask. ``decay``: strength of the method's penalty, None
-    for its default; ``steer``: correct it so that ``sparsity`` is reached. ``sparsity``: what the pruning phase ends with at least, over all weights (in the Winograd domain
-    those of the Winograd layers). ``start``: run directory whose dense weights to begin with instead of training.
+    for its default; ``steer``: correct it on the way so that the sparsity is reached. ``sparsity``: what the pruning
+    phase ends with at least, over all weights (for the winograd method: over the Winograd-domain weights). ``start``:
+    run directory whose dense weights to begin with instead of training.
     """
 
     data: str = "fashion"
@@ -68,6 +69,11 @@ class Config:
             object.__setattr__(self, "decay", _DECAY[self.method])
 
     @property
+    def phases(self) -> int:
+        """How many of the three phases the run has."""
+        return 1 if self.method == "dense" else 3
+
+    @property
     def name(self) -> str:
         """Readable name of the run directory: data, network, method, seed, and every setting that is not the default."""
         base = Config(method=self.method)
@@ -75,6 +81,9 @@ class Config:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name in ("data", "network", "method", "seed") or value == getattr(base, field.name):
+                continue
+            if field.name == "start":
+                parts.append("from_dense")
                 continue
             text = "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
             if isinstance(value, float):

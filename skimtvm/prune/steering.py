@@ -20,7 +20,7 @@ from .rules import Rule
 from .schedules import Schedule, at
 
 Array = npt.NDArray[Any]
-_LARGEST = math.log(1e4)  # of the factor, either way
+_LARGEST = math.log(100)  # of the factor, either way
 
 
 class Dial(Schedule):

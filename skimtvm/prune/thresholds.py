@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from ..errors import InvalidOption
 from ..winograd import of_tile, transform
-from .groups import Elements
+from .groups import ELEMENTS, Elements
 
 Array = npt.NDArray[Any]
 READINGS = ("gradient", "update")
@@ -23,7 +23,7 @@ class Threshold:
     group takes the place of |w| (and of |d|), and the group goes as a whole. Raises InvalidOption."""
 
     base: float = 1e-4
-    groups: Elements = Elements()
+    groups: Elements = ELEMENTS
 
     reading = ""  # what ``d`` must be: "", "gradient" or "update"
 

@@ -145,7 +145,7 @@ class WinogradConv2d(nn.Module):
     input_matrix: torch.Tensor
     output_matrix: torch.Tensor
 
-    def __init__(  # noqa: PLR0917
+    def __init__(
         self,
         c: int,
         k: int,

@@ -45,7 +45,7 @@ class TorchNet:
         torch.use_deterministic_algorithms(True)
         torch.manual_seed(seed)
         self.spec, self.image = spec, image
-        self.module = _Module(spec, image).to(memory_format=torch.contiguous_format)
+        self.module = _Module(spec, image)
         self.parameters: dict[str, Array] = adaptor.arrays(self.module)
 
     def logits(self, x: Array) -> Array:

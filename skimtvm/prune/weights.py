@@ -120,7 +120,7 @@ class WeightedLayer:
 
     def scale(self) -> Array | None:
         """What makes magnitudes comparable within the layer: positions of the Winograd domain differ in scale."""
-        return None if not self.r else (1 / of_tile(self.shape[-1], self.r).filter_norms)
+        return None if not self.r else of_tile(self.shape[-1], self.r).effect
 
 
 def _source(graph: Graph, name: str) -> str | None:
@@ -148,6 +148,7 @@ def layers(graph: Graph) -> list[WeightedLayer]:
 def _layer(graph: Graph, node: Any) -> WeightedLayer | None:
     name = node.name or next((o for o in node.output if o), "?")
     functions = function_names()
+    places: tuple[int, ...]
     if node.domain == DOMAIN and node.op_type in functions:
         places, op = (1,), "Winograd"
     elif node.domain in ("", "ai.onnx"):
@@ -160,7 +161,7 @@ def _layer(graph: Graph, node: Any) -> WeightedLayer | None:
         if tensor is None:
             continue
         proto = graph.constants[tensor]
-        shape = tuple(proto.dims)
+        shape: tuple[int, ...] = tuple(proto.dims)
         if op in ("Gemm", "MatMul") or (op == "Conv" and len(shape) > 4):
             while len(shape) > 2 and shape[0] == 1:
                 shape = shape[1:]

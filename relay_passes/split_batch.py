@@ -1,0 +1,154 @@
+"""Run the first part of a network image by image, so that its activations stay in cache, and the rest on the whole batch.
+
+Big activations (56x56 and 28x28 planes of a batch of 16) leave the last-level cache between layers; big weights (fully
+connected layers, 7x7 convolutions) are read once a batch instead of once an image. The network is cut at a value that is
+the only one alive there, where the model below expects the least time. Both halves come from the same simplification at
+batch 1 and at batch N; they are the same graph, operator by operator, or the network is left whole (an operator that
+mixes images would show as a difference).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import tvm
+from tvm import relax
+
+from ..chooser import Choice
+from ..layout import round_up
+from ..target import CpuTarget
+from ..workload import ConvWorkload
+from ._utils import Graph, op_name, shape_of, substitute, tensor_leaves
+from .layers import read_layer
+
+FLOPS = 100e9  # multiply-adds count twice; a core at about 85% of its peak
+WEIGHT_BANDWIDTH = 25e9  # bytes a second, streaming from memory
+ACTIVATION_BANDWIDTH = 18e9  # the same for the strided tiles of big activations
+
+
+@dataclass(frozen=True)
+class Cut:
+    """``index``: values before it, in graph order, run image by image; ``reason``: one line."""
+
+    index: int
+    reason: str
+
+
+def compare(single: Graph, batched: Graph, batch: int) -> str:
+    """Why the graphs are not the same network at batch 1 and ``batch``; empty when they are."""
+    a, b = single.order(), batched.order()
+    if len(a) != len(b):
+        return "its graph depends on the batch size"
+    for x, y in zip(a, b, strict=True):
+        dx, dy = single.defs[x], batched.defs[y]
+        name = op_name(dx)
+        if name != op_name(dy) or not isinstance(x.ty, relax.TensorType) or not isinstance(y.ty, relax.TensorType):
+            return "its graph depends on the batch size"
+        sx, sy = shape_of(x), shape_of(y)
+        if not sx or sx[0] != 1 or sy != (batch, *sx[1:]):
+            return f"{name or 'a layer'} does not keep images apart"
+        axis = getattr(getattr(dx, "attrs", None), "axis", None)
+        if isinstance(axis, int) and axis % len(sx) == 0 and name not in ("nn.prelu",):
+            return f"{name} works across images"
+    return ""
+
+
+def _macs_and_bytes(graph: Graph, var: Any, choices: Mapping[str, Choice]) -> tuple[float, float, float]:
+    """(seconds of arithmetic at full lanes, bytes of weights, share of lanes that hold pixels) of one value."""
+    call = graph.defs[var]
+    if not isinstance(call, relax.Call) or not isinstance(call.op, tvm.ir.GlobalVar):
+        return 0.0, 0.0, 1.0
+    func = graph.mod[call.op]
+    if not func.attrs or func.attrs.get("skim.kind") not in ("conv2d", "dense"):
+        return 0.0, 0.0, 1.0
+    layer = read_layer(func)
+    assert layer.weight is not None and layer.workload is not None
+    choice = choices[layer.name]
+    bytes_each = 4 if choice.kernel == "dense" else 8 / max(1, choice.rows) + 4
+    seconds = 2 * layer.workload.macs * choice.stored / FLOPS * (1 if choice.rows != 1 else 2)
+    lanes = 1.0
+    if isinstance(layer.workload, ConvWorkload):
+        positions = layer.workload.out_h * (layer.workload.out_w + 1)
+        lanes = layer.workload.out_h * layer.workload.out_w / round_up(positions, 16)
+    return seconds, layer.weight.size * choice.stored * bytes_each, lanes
+
+
+def _size(expr: Any) -> float:
+    return 4.0 * math.prod(shape_of(expr))
+
+
+def find_cut(single: Graph, batched: Graph, batch: int, choices: Mapping[str, Choice], target: CpuTarget) -> Cut:
+    """Where to cut; index 0 when the whole batch at once is expected to be fastest everywhere."""
+    order = single.order()
+    position = {v: i for i, v in enumerate(order)}
+    outputs = set(tensor_leaves(single.result))
+    last = {v: max([position[u] for u in single.users.get(v, {})] + ([len(order)] if v in outputs else [])) for v in order}
+    params_until = max([position[u] for p in single.func.params for u in single.users.get(p, {})], default=0)
+    cache = 4.0 * target.l2_bytes  # what a core may expect to keep of the last level
+    best, saved, total = Cut(0, "the whole batch at once"), 0.0, 0.0
+    for i, var in enumerate(order):
+        seconds, weights, lanes = _macs_and_bytes(single, var, choices)
+        moved = _size(var) + sum(_size(leaf) for leaf in tensor_leaves(single.defs[var]))
+        at_once = weights / WEIGHT_BANDWIDTH / batch + seconds + (moved / ACTIVATION_BANDWIDTH if moved * batch > cache else 0)
+        one_by_one = weights / WEIGHT_BANDWIDTH + seconds * (1 if lanes > 0.5 else 0.8 / lanes)
+        total += at_once - one_by_one
+        alone = all(position[v] > i or v.same_as(var) or last[v] <= i for v in order[: i + 1])
+        copies = 3 * _size(var) / ACTIVATION_BANDWIDTH  # out of the image's buffer, into the batch, into the next layout
+        if alone and params_until <= i and total - copies > saved:
+            saved = total - copies
+            best = Cut(i + 1, f"image by image up to {var.name}, saves {1e3 * saved * batch:.1f} ms (model)")
+    return best
+
+
+def halves(single: Graph, batched: Graph, cut: Cut) -> tuple[tvm.IRModule, tvm.IRModule | None]:
+    """The first part at batch 1 and the second at the full batch (None when nothing is left)."""
+    value = single.order()[cut.index - 1]
+    outputs = list(tensor_leaves(single.result))
+    whole = len(outputs) == 1 and outputs[0].same_as(value) and isinstance(single.result, relax.Var)
+    first = _module(single, list(single.func.params), {}, value)
+    if whole:
+        return first, None
+    old = batched.order()[cut.index - 1]
+    param = relax.Var("cut", old.ty)
+    return first, _module(batched, [param], {old: param}, batched.result)
+
+
+def _module(graph: Graph, params: list[Any], mapping: dict[Any, Any], result: Any) -> tvm.IRModule:
+    """A module whose main computes ``result`` from ``params``; ``mapping`` names values that are given."""
+    needed: dict[Any, None] = {}
+    stack = list(tensor_leaves(result))
+    while stack:
+        var = stack.pop()
+        if var in graph.defs and var not in mapping and var not in needed:
+            needed[var] = None
+            stack.extend(tensor_leaves(graph.defs[var]))
+    bb = relax.BlockBuilder()
+    known = dict(mapping)
+    with bb.function("main", params):
+        with bb.dataflow():
+            for var in graph.order():
+                if var in needed:
+                    known[var] = bb.emit(substitute(graph.defs[var], known), name_hint=var.name)
+            out = bb.emit_output(substitute(result, known))
+        bb.emit_func_output(out)
+    functions = {gv: f for gv, f in graph.mod.functions.items() if gv.name_hint != "main"}
+    main = bb.get()["main"]
+    used = {
+        b.value.op
+        for block in main.body.blocks
+        for b in block.bindings
+        if isinstance(b.value, relax.Call) and isinstance(b.value.op, tvm.ir.GlobalVar)
+    }
+    used |= {
+        a
+        for block in main.body.blocks
+        for b in block.bindings
+        if isinstance(b.value, relax.Call)
+        for a in b.value.args
+        if isinstance(a, tvm.ir.GlobalVar)
+    }
+    gv = tvm.ir.GlobalVar("main")
+    return tvm.IRModule({**{g: f for g, f in functions.items() if g in used}, gv: main})
