@@ -74,7 +74,9 @@ def run(config: Config, runs: Path) -> dict[str, Any]:
     def progress(phase: str, _: float) -> None:
         nonlocal last
         if phase != last:
-            print(f"{time.strftime('%H:%M:%S')} seed {config.seed} {config.method}: {phase}", file=sys.stderr, flush=True)
+            print(
+                f"{time.strftime('%H:%M:%S')} seed {config.seed} {config.method}: {phase}", file=sys.stderr, flush=True
+            )
             last = phase
 
     result = train(config, runs / config.name, progress=progress)

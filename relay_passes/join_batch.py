@@ -57,13 +57,20 @@ def join(
     image_gv = bb.add_func(image.without_attr("global_symbol").with_attr("num_input", len(image.params)), "image")
     given = [_batched(p, batch) for p in image.params]
     result_shape = shape_of(image.body.body)
-    records = [*reports[0][0], LayerRecord("batch", "batch", f"{batch} images", kernel="f32_copy", reason=reason), *reports[1][0]]
+    records = [
+        *reports[0][0],
+        LayerRecord("batch", "batch", f"{batch} images", kernel="f32_copy", reason=reason),
+        *reports[1][0],
+    ]
     copy, offset, calls = len(reports[0][0]), len(reports[0][0]) + 1, []
 
     with bb.function("main", given, attrs={"num_input": len(given)}):
         with bb.dataflow():
             flat_inputs = [bb.emit(relax.op.reshape(p, (math.prod(shape_of(p)),))) for p in given]
-            takes = [bb.add_func(_copy_image(math.prod(shape_of(p)), batch, target, put=False), "take_image") for p in image.params]
+            takes = [
+                bb.add_func(_copy_image(math.prod(shape_of(p)), batch, target, put=False), "take_image")
+                for p in image.params
+            ]
             size = math.prod(result_shape)
             put = bb.add_func(_copy_image(size, batch, target, put=True), "put_image")
             whole = relax.TensorType((batch * size,), "float32")
@@ -74,7 +81,9 @@ def join(
                 args = []
                 for p, flat, take in zip(image.params, flat_inputs, takes, strict=True):
                     ty = relax.TensorType((math.prod(shape_of(p)),), "float32")
-                    args.append(bb.emit(relax.op.reshape(bb.emit(relax.call_tir(take, [flat, which], out_ty=ty)), shape_of(p))))
+                    args.append(
+                        bb.emit(relax.op.reshape(bb.emit(relax.call_tir(take, [flat, which], out_ty=ty)), shape_of(p)))
+                    )
                     calls.append(copy)
                 one = bb.emit(relax.op.reshape(bb.emit(relax.Call(image_gv, args)), (size,)))
                 calls.extend(reports[0][1])

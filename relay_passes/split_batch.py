@@ -85,18 +85,26 @@ def find_cut(single: Graph, batched: Graph, batch: int, choices: Mapping[str, Ch
     order = single.order()
     position = {v: i for i, v in enumerate(order)}
     outputs = set(tensor_leaves(single.result))
-    last = {v: max([position[u] for u in single.users.get(v, {})] + ([len(order)] if v in outputs else [])) for v in order}
+    last = {
+        v: max([position[u] for u in single.users.get(v, {})] + ([len(order)] if v in outputs else [])) for v in order
+    }
     params_until = max([position[u] for p in single.func.params for u in single.users.get(p, {})], default=0)
     cache = 4.0 * target.l2_bytes  # what a core may expect to keep of the last level
     best, saved, total = Cut(0, "the whole batch at once"), 0.0, 0.0
     for i, var in enumerate(order):
         seconds, weights, lanes = _macs_and_bytes(single, var, choices)
         moved = _size(var) + sum(_size(leaf) for leaf in tensor_leaves(single.defs[var]))
-        at_once = weights / WEIGHT_BANDWIDTH / batch + seconds + (moved / ACTIVATION_BANDWIDTH if moved * batch > cache else 0)
+        at_once = (
+            weights / WEIGHT_BANDWIDTH / batch
+            + seconds
+            + (moved / ACTIVATION_BANDWIDTH if moved * batch > cache else 0)
+        )
         one_by_one = weights / WEIGHT_BANDWIDTH + seconds * (1 if lanes > 0.5 else 0.8 / lanes)
         total += at_once - one_by_one
         alone = all(position[v] > i or v.same_as(var) or last[v] <= i for v in order[: i + 1])
-        copies = 3 * _size(var) / ACTIVATION_BANDWIDTH  # out of the image's buffer, into the batch, into the next layout
+        copies = (
+            3 * _size(var) / ACTIVATION_BANDWIDTH
+        )  # out of the image's buffer, into the batch, into the next layout
         if alone and params_until <= i and total - copies > saved:
             saved = total - copies
             best = Cut(i + 1, f"image by image up to {var.name}, saves {1e3 * saved * batch:.1f} ms (model)")

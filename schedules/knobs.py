@@ -62,10 +62,7 @@ def default_knobs(
     rows = min(rows, per_group)
     cg, positions = wl.c // wl.groups, dst.layout.positions
     if dense:
-        # Eight accumulators: enough to hide the latency; weights are broadcast memory operands and LLVM never spills.
-        total = -(-positions // target.lanes)
-        vectors = -(-total // -(-total // max(1, 8 // rows)))
-        return Knobs(rows, vectors, cg, _chunks(total, vectors, wl.k // rows), True, target.lanes)
+        return _dense(rows, per_group, positions, cg, wl, target)
     aligned = all(t[1] == t[2] == 0 for t in taps)
     entries = max(stored, 1e-3) * cg * len(taps)
     best: tuple[float, Knobs] | None = None
@@ -88,6 +85,25 @@ def default_knobs(
                     best = cost, Knobs(rows, vectors, block, _chunks(total, vectors, wl.k // rows), False, lanes)
     assert best is not None
     return best[1]
+
+
+def _dense(rows: int, per_group: int, positions: int, cg: int, wl: ConvWorkload, target: CpuTarget) -> Knobs:
+    """R x V of a dense layer. Whole registers: eight rows of one vector, whose weights are broadcast memory operands.
+    Half registers where they waste fewer lanes (7x7, 14x14), and registers without broadcast operands (AVX2): six or
+    three rows of four vectors, so that a weight is loaded once for all four; more accumulators spill."""
+    lanes = target.lanes
+    if target.isa == "avx512" and -(-positions // 8) * 8 > 0.98 * -(-positions // lanes) * lanes:
+        tall, wide = 8, max(1, 8 // rows)
+    else:
+        lanes, tall, wide = 8, 6 if target.registers > 16 else 3, 4
+    if rows > tall and (wl.groups == 1 or per_group % tall == 0):
+        rows = tall
+    if rows < tall:
+        wide = max(wide, min(24 if target.registers > 16 else 12, 1008 // lanes) // rows)
+        wide = min(wide, 8)
+    total = -(-positions // lanes)
+    vectors = -(-total // -(-total // wide))
+    return Knobs(rows, vectors, cg, _chunks(total, vectors, wl.k // rows), True, lanes)
 
 
 def _chunks(total: int, vectors: int, groups: int) -> int:

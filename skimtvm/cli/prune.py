@@ -15,7 +15,10 @@ from ._common import file_size, number, plural, print_table, quantity
 @click.option("--sparsity", type=float, help="Share of zeros in each layer, from 0 to below 1.")
 @click.option("--table", type=click.Path(path_type=Path), help="JSON object of layer name or pattern: sparsity.")
 @click.option(
-    "--pattern", default="element", show_default=True, help="element, block4 (4x1), 4x2, filter, channel, column or 2:4."
+    "--pattern",
+    default="element",
+    show_default=True,
+    help="element, block4 (4x1), 4x2, filter, channel, column or 2:4.",
 )
 @click.option(
     "--keep", default="", help="Leave alone, by commas: first, last, depthwise, 1x1, conv, dense, or patterns of names."

@@ -27,8 +27,12 @@ class Epochs(click.ParamType):
 
 
 @click.command("train-demo", short_help="Train, prune and export a small network.")
-@click.option("--runs", default="runs", show_default=True, type=click.Path(path_type=Path), help="Folder of run folders.")
-@click.option("--run-dir", type=click.Path(path_type=Path), help="Run folder itself, instead of one named by the settings.")
+@click.option(
+    "--runs", default="runs", show_default=True, type=click.Path(path_type=Path), help="Folder of run folders."
+)
+@click.option(
+    "--run-dir", type=click.Path(path_type=Path), help="Run folder itself, instead of one named by the settings."
+)
 @click.option("--data", help="fashion, mnist5k, digits, or a folder of IDX files.  [default: fashion]")
 @click.option("--network", help="cnn, small or mlp.  [default: cnn; mlp for the NumPy solver]")
 @click.option("--solver", type=click.Choice(["torch", "numpy"]), help="What computes gradients.  [default: torch]")

@@ -137,9 +137,7 @@ def prune_model(
     return model, Report(tuple(rows_out), channels, pattern)
 
 
-def prune_file(
-    source: str | Path, output: str | Path, *, overwrite: bool = False, **options: Any
-) -> Report:
+def prune_file(source: str | Path, output: str | Path, *, overwrite: bool = False, **options: Any) -> Report:
     """``prune_model`` from file to file, written completely or not at all. Raises OutputExists too."""
     target = check_output(output, ".onnx", overwrite=overwrite)
     model, report = prune_model(str(source), **options)
@@ -194,7 +192,7 @@ def _targets(
 def _from_table(found: list[WeightedLayer], table: Mapping[str, float], what: str = "table") -> dict[str, float]:
     numbers = {k: v for k, v in table.items() if isinstance(v, int | float) and not isinstance(v, bool)}
     if len(numbers) != len(table) or not table:
-        raise InvalidOption(f"{what}: give a number for each layer name or pattern, e.g. {{\"conv2\": 0.9}}")
+        raise InvalidOption(f'{what}: give a number for each layer name or pattern, e.g. {{"conv2": 0.9}}')
     percent = 100 if max(numbers.values()) > 1 else 1
     names: dict[str, list[str]] = {}  # layers are also known by their weight tensor
     for layer in found:
@@ -245,7 +243,9 @@ def _seed_table(networks: Mapping[str, Any], found: list[WeightedLayer], path: P
             if 2 * len(table) > len(listed) and len(table) > len(best):
                 best = table
     if not best:
-        raise InvalidOption(f"table '{path}': none of its networks ({', '.join(networks)}) has the layers of this model")
+        raise InvalidOption(
+            f"table '{path}': none of its networks ({', '.join(networks)}) has the layers of this model"
+        )
     return best
 
 

