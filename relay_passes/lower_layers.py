@@ -7,7 +7,7 @@ other form, once each; for natural layouts that is a reshape, which becomes a vi
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as B
 
 from ..chooser import Choice
+from ..errors import InternalError
 from ..kernels import FEW_ROWS
 from ..layout import Phases, natural
 from ..report import LayerRecord
@@ -132,7 +133,7 @@ class _Lowering:
         place = self.plan.places[var]
         if var not in self.ready:
             if var not in self.tensors:
-                raise tvm.TVMError(f"value {var.name} is read before it is computed")
+                raise InternalError(f"value {var.name} is read before it is computed; please report this bug")
             self._import(var, place)
         return self.buffers[place.root], self._slot(place), place.channels
 
@@ -348,15 +349,19 @@ class _Lowering:
         make = partial(emit_pointwise, layer.program, slots, dst, target)
         self._write(n.var, key, name, make, args, self._record(n, "pointwise"))
 
-    def _simple(self, n: Node, op: str, emit: Callable[[Slot, Slot], Any]) -> None:
-        """Kernels with one source and one destination."""
+    def _simple(self, n: Node, op: str, emit: Callable[[Slot, Slot], Any], tables: Sequence[Any] = ()) -> None:
+        """Kernels with one source and one destination, and constant tables between them."""
         buffer, src = self._contiguous(n.inputs[0])
         dst = self._slot(self.plan.places[n.var])
-        name = f"f32_{op}_{self.target.isa}"
-        self._write(n.var, (op, n.workload, src, dst), name, lambda: emit(src, dst), [buffer], self._record(n, op))
+        name, args = f"f32_{op}_{self.target.isa}", [buffer, *(self._const(t) for t in tables)]
+        self._write(n.var, (op, n.workload, src, dst), name, lambda: emit(src, dst), args, self._record(n, op))
 
     def _lower_pool(self, n: Node) -> None:
         self._simple(n, f"{n.workload.kind}_pool2d", lambda s, d: moves.emit_pool(n.workload, s, d, self.target))
+
+    def _lower_resize(self, n: Node) -> None:
+        tables = n.workload.constants()
+        self._simple(n, "resize2d", lambda s, d: moves.emit_resize(n.workload, s, d, self.target), tables)
 
     def _lower_lrn(self, n: Node) -> None:
         self._simple(n, "lrn", lambda s, d: moves.emit_lrn(n.workload, s, d, self.target))

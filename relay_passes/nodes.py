@@ -12,6 +12,7 @@ from typing import Any
 import tvm
 from tvm import relax
 
+from ..schedules import resize
 from ..workload import ConvWorkload, DenseWorkload, LRNWorkload, PoolWorkload
 from ._utils import Graph, dtype_of, ints, is_const, op_name, shape_of, value
 from .layers import Layer, _padding, read_layer
@@ -19,7 +20,7 @@ from .layers import Layer, _padding, read_layer
 
 @dataclass(eq=False)
 class Node:
-    """``kind``: conv2d, pointwise, pool, lrn, mean, concat, view (channels of another value), fc (dense rows), skip
+    """``kind``: conv2d, pointwise, pool, resize, lrn, mean, concat, view (channels of another value), fc (dense rows), skip
     (handled by its readers) or opaque. ``inputs``: values read in flat form, in the order of the kernel."""
 
     kind: str
@@ -121,6 +122,22 @@ def _pool(kind: str) -> Any:
     return handler
 
 
+def _resize(var: Any, call: Any) -> Node | None:
+    a, x = call.attrs, call.args[0]
+    if not is_activation(x) or is_const(x) or a.layout != "NCHW" or not is_activation(var):
+        return None
+    linear = a.method == "linear"
+    known = a.coordinate_transformation_mode in resize.COORDINATES and (linear or a.rounding_method in resize.NEAREST)
+    if a.method not in ("linear", "nearest_neighbor") or not known:
+        return None
+    modes = {"coordinates": str(a.coordinate_transformation_mode), "linear": linear}
+    if not linear:
+        modes["nearest"] = str(a.rounding_method)
+    (_, _, h, w), (_, _, oh, ow) = shape_of(x), shape_of(var)
+    tables = (resize.axis_table(size, out, None, **modes) for size, out in ((h, oh), (w, ow)))
+    return Node("resize", var, [x], workload=resize.ResizeWorkload(*tables))
+
+
 def _mean(var: Any, call: Any) -> Node | None:
     axes = sorted(a % 4 for a in ints(call.attrs.axis))
     if not is_activation(call.args[0]) or is_const(call.args[0]) or axes != [2, 3]:
@@ -177,6 +194,7 @@ _HANDLERS = {
     "nn.max_pool2d": _pool("max"),
     "nn.avg_pool2d": _pool("avg"),
     "mean": _mean,
+    "image.resize2d": _resize,
     "concat": _concat,
     "take": _take,
     "strided_slice": _strided_slice,

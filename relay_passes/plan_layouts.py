@@ -51,7 +51,7 @@ class _Union:
             self.parent[b] = a
 
 
-WRITERS = frozenset(("conv2d", "pointwise", "pool", "lrn", "concat"))  # kernels that can write into a slice
+WRITERS = frozenset(("conv2d", "pointwise", "pool", "resize", "lrn", "concat"))  # kernels that can write into a slice
 
 
 class Plan:
@@ -115,6 +115,8 @@ class Plan:
     def _visit_pool(self, n: Node) -> None:
         self._add(n.var, nchw(n.var))
         self._add(n.inputs[0], nchw(n.inputs[0]))
+
+    _visit_resize = _visit_pool
 
     def _visit_mean(self, n: Node) -> None:
         self._add(n.inputs[0], nchw(n.inputs[0]))

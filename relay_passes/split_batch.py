@@ -26,7 +26,7 @@ from .layers import read_layer
 
 FLOPS = 100e9  # multiply-adds count twice; a core at about 85% of its peak
 WEIGHT_BANDWIDTH = 25e9  # bytes a second, streaming from memory
-ACTIVATION_BANDWIDTH = 18e9  # the same for the strided tiles of big activations
+ACTIVATION_BANDWIDTH = 8e9  # the same for the strided tiles of activations that leave the cache (TLB misses included)
 
 
 @dataclass(frozen=True)

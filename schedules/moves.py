@@ -7,7 +7,7 @@ from typing import Any
 from ..layout import Phases
 from ..target import CpuTarget
 from ..workload import LRNWorkload, PoolWorkload
-from . import convert, lrn, pooling, reduce
+from . import convert, lrn, pooling, reduce, resize
 from .pointwise import Slot
 
 
@@ -32,6 +32,10 @@ def emit_phases(phases: Phases, src: Slot, dst: Slot, target: CpuTarget) -> Any:
 
 def emit_pool(workload: PoolWorkload, src: Slot, dst: Slot, target: CpuTarget) -> Any:
     return pooling.emit_pool(workload, src.layout, dst.layout, target=target, **_where(src, dst))
+
+
+def emit_resize(workload: resize.ResizeWorkload, src: Slot, dst: Slot, target: CpuTarget) -> Any:
+    return resize.emit_resize(workload, src.layout, dst.layout, target=target, **_where(src, dst))
 
 
 def emit_lrn(workload: LRNWorkload, src: Slot, dst: Slot, target: CpuTarget) -> Any:

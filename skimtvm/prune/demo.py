@@ -101,7 +101,7 @@ class _Run:
         w = self.net.parameters[name]
         rates = balanced_rates(of_tile(w.shape[-1], self.filter_size(name)))
         # The fewer weights are left, the fewer add up to a change of the output: each may take a longer step.
-        boost = 2.0 if self.phase == 1 else min(1 / max(1 - zeros(w), 0.1), 5.0)
+        boost = 2.0 if self.phase == 1 else min(2 / max(1 - zeros(w), 0.1), 10.0)
         return rates * boost
 
     def _decay(self, steps: int) -> float:

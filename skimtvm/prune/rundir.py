@@ -25,9 +25,9 @@ class Config:
     """Everything that the result of a run depends on.
 
     ``epochs``: dense training, pruning, fine-tuning with the mask. ``decay``: strength of the method's penalty, None
-    for one that fits the number of steps; ``steer``: correct it on the way so that the sparsity is reached. ``sparsity``: what the pruning
-    phase ends with at least, over all weights (for the winograd method: over the Winograd-domain weights). ``start``:
-    run directory whose dense weights to begin with instead of training.
+    for one that fits the number of steps; ``steer``: correct it on the way so that the sparsity is reached.
+    ``sparsity``: what the pruning phase ends with at least, over all weights (for the winograd method: over the
+    Winograd-domain weights). ``start``: run directory whose dense weights to begin with instead of training.
     """
 
     data: str = "fashion"

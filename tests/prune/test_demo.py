@@ -185,7 +185,8 @@ def test_run_directory_of_another_configuration(idx_folder, tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "text"),
-    [({"method": "magic"}, "choose one of dense"), ({"sparsity": 1.0}, "from 0 to below 1"), ({"network": "vgg"}, "choose one of cnn"),
+    [({"method": "magic"}, "choose one of dense"), ({"sparsity": 1.0}, "from 0 to below 1"),
+     ({"network": "vgg"}, "choose one of cnn"),
      ({"epochs": (1, 2)}, "three whole numbers"), ({"network": "small", "solver": "numpy"}, "use --network mlp"),
      ({"batch": 5000}, "only 960 images"), ({"solver": "caffe"}, "torch or numpy")],
     ids=str,
@@ -270,7 +271,8 @@ def test_command_line_end_to_end(skim, idx_folder, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "code", "text"),
     [(["plot", "."], 2, "metrics.jsonl"), (["prune", "no.onnx", "-o", "x.onnx", "--sparsity", "0.5"], 3, "no such file"),
-     (["prune", "no.onnx", "-o", "x.txt", "--sparsity", "0.5"], 2, "must end in .onnx"), (["train-demo", "--epochs", "3"], 2, "8+4+5"),
+     (["prune", "no.onnx", "-o", "x.txt", "--sparsity", "0.5"], 2, "must end in .onnx"),
+     (["train-demo", "--epochs", "3"], 2, "8+4+5"),
      (["train-demo", "--data", "nowhere", "--solver", "numpy"], 2, "neither a folder")],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )  # fmt: skip
@@ -285,7 +287,8 @@ def test_command_line_errors(arguments, code, text, tmp_path, monkeypatch):
 def test_help_imports_nothing_heavy():
     text = (
         "import sys\nfrom skimtvm.cli import main\n"
-        "try: main(['train-demo', '--help'])\nexcept SystemExit: print([m for m in ('tvm', 'onnx', 'numpy', 'torch') if m in sys.modules])"
+        "try: main(['train-demo', '--help'])\n"
+        "except SystemExit: print([m for m in ('tvm', 'onnx', 'numpy', 'torch') if m in sys.modules])"
     )
     done = subprocess.run(
         [sys.executable, "-c", text],

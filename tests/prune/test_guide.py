@@ -116,5 +116,5 @@ def test_sensitivity_restores_every_bit_also_after_an_error():
     with pytest.raises(RuntimeError):
         sensitivity(ps, breaks, (0.5,))
     assert all(w.tobytes() == before[n].tobytes() for n, w in ps.items())
-    with pytest.raises(InvalidOption, match="there are: a.weight"):
+    with pytest.raises(InvalidOption, match=r"there are: a\.weight"):
         sensitivity(ps, lambda: 0.0, (0.5,), layers=["c"])

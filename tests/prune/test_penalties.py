@@ -183,7 +183,8 @@ def test_two_of_four(channels):
         assert (np.where(part, magnitude, np.inf).min(axis=1) >= np.where(part, 0, magnitude).max(axis=1)).all()
 
 
-@pytest.mark.parametrize(("text", "expected"), [("element", prune.Elements()), ("block4", BLOCKS), ("4x2", prune.Blocks(4, 2)),
+@pytest.mark.parametrize(("text", "expected"), [("element", prune.Elements()), ("block4", BLOCKS),
+                                                ("4x2", prune.Blocks(4, 2)),
                                                 ("filter", prune.Filters()), ("columns", prune.Columns())])  # fmt: skip
 def test_patterns(text, expected):
     assert groups.parse(text) == expected
