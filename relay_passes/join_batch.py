@@ -22,19 +22,18 @@ Report = tuple[tuple[LayerRecord, ...], tuple[int, ...]]
 
 def _copy_image(size: int, batch: int, target: CpuTarget, *, put: bool) -> Any:
     """Kernel: image ``which[0]`` of a batch to a buffer of its own, or back. f32[batch * size] and f32[size]."""
-    with IRBuilder() as ib:
-        with B.prim_func(s_tir=True):
-            kernel_attrs()
-            src = B.arg("src", B.Buffer((size if put else batch * size,), "float32"))
-            which = B.arg("which", B.Buffer((1,), "int32"))
-            dst = B.arg("dst", B.Buffer((batch * size if put else size,), "float32"))
-            base = B.bind(which[0] * size)
+    with IRBuilder() as ib, B.prim_func(s_tir=True):
+        kernel_attrs()
+        src = B.arg("src", B.Buffer((size if put else batch * size,), "float32"))
+        which = B.arg("which", B.Buffer((1,), "int32"))
+        dst = B.arg("dst", B.Buffer((batch * size if put else size,), "float32"))
+        base = B.bind(which[0] * size)
 
-            def move(at: Any, lanes: int) -> None:
-                far, near = B.Ramp(base + at, 1, lanes), B.Ramp(at, 1, lanes)
-                B.buffer_store(dst, src[near if put else far], [far if put else near])
+        def move(at: Any, lanes: int) -> None:
+            far, near = B.Ramp(base + at, 1, lanes), B.Ramp(at, 1, lanes)
+            B.buffer_store(dst, src[near if put else far], [far if put else near])
 
-            pieces(size, target.lanes, move)
+        pieces(size, target.lanes, move)
     return finish(ib)
 
 
@@ -103,11 +102,10 @@ def _batched(param: Any, batch: int) -> Any:
 
 
 def _nothing(size: int) -> Any:
-    with IRBuilder() as ib:
-        with B.prim_func(s_tir=True):
-            kernel_attrs()
-            B.arg("out", B.Buffer((size,), "float32"))
-            B.evaluate(0)
+    with IRBuilder() as ib, B.prim_func(s_tir=True):
+        kernel_attrs()
+        B.arg("out", B.Buffer((size,), "float32"))
+        B.evaluate(0)
     return finish(ib)
 
 
