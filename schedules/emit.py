@@ -45,6 +45,12 @@ def store(buffer: Expr, value: Expr, at: Expr, lanes: int, mask: Expr | None = N
         B.evaluate(B.masked_store(buffer, value, index, mask))
 
 
+def fetch(buffer: Expr, at: Expr) -> None:
+    """Prefetch the cache line of ``buffer[at]``; any address is allowed, also behind the end."""
+    flags = (B.int32(0), B.int32(3), B.int32(1))  # for reading, into all caches, data
+    B.evaluate(B.call_llvm_intrin("void", "llvm.prefetch", B.address_of(buffer[at]), *flags))
+
+
 def zeros(buffer: Expr, at: Expr, count: int, lanes: int) -> None:
     """Write ``count`` zeros (a constant of Python) from ``buffer[at]``."""
     zero = broadcast(B.float32(0), lanes)

@@ -35,7 +35,8 @@ from typing import Any
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as B
 
-from .emit import broadcast, finish, kernel_attrs, loop, store, vector, zeros
+from ..layout import LINE
+from .emit import broadcast, fetch, finish, kernel_attrs, loop, store, vector, zeros
 from .pointwise import Program, Slot, split_bias
 
 
@@ -101,6 +102,12 @@ class Gemm:
 
 def row_count(runs: tuple[RowRun, ...]) -> int:
     return sum(r.groups * r.rows for r in runs)
+
+
+# Weights stream through once a tile. The hardware prefetcher stops at the end of every 4 KB page, so they are fetched
+# ahead by hand: floats of a dense stream, lines of the lists that the next row groups of a sparse one will need.
+DENSE_AHEAD = 512
+CSR_LINES = 4
 
 
 class _Run:
@@ -228,8 +235,14 @@ class _Body:
             skip = B.bind(g * run.columns)
         else:
             low, high = r.ip[block * run.groups + g], r.ip[block * run.groups + g + 1]
+            for line in range(CSR_LINES):  # what the next row groups will read
+                fetch(r.off, high + line * LINE)
+                for part in range(min(run.rows, 4)):
+                    fetch(r.data, (high + line * LINE) * run.rows + part * LINE)
             base, skip = B.bind(gemm.src.base + q), 0
         with _span(low, high) as e:
+            if r.ip is None:
+                fetch(r.data, (skip + e) * run.rows + DENSE_AHEAD)
             at = B.bind(base + r.off[e])
             weights = [B.bind(r.data[(skip + e) * run.rows + i]) for i in range(run.rows)]
             for v in range(vectors):
