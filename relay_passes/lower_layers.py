@@ -14,23 +14,20 @@ from typing import Any
 import numpy as np
 import tvm
 from tvm import relax
-from tvm.script.ir_builder import IRBuilder
-from tvm.script.ir_builder import tirx as B
 
 from ..chooser import Choice
-from ..errors import InternalError
 from ..kernels import FEW_ROWS
 from ..layout import Phases, natural
 from ..report import LayerRecord
 from ..schedules import conv2d as conv
 from ..schedules import dense, gather_gemm, moves
-from ..schedules.emit import finish, kernel_attrs
 from ..schedules.pointwise import Slot, emit_pointwise
 from ..target import CpuTarget
 from ._utils import Graph, shape_of, substitute, tensor_leaves
+from .flat_values import FlatValues, text
 from .layers import Layer
 from .nodes import Node, classify, nchw
-from .plan_layouts import Key, Place, Plan
+from .plan_layouts import Plan
 
 Chooser = Callable[[Layer], Choice]
 
@@ -57,24 +54,8 @@ class LowerLayers:
         return out
 
 
-class _Lowering:
-    def __init__(
-        self, graph: Graph, nodes: list[Node], plan: Plan, target: CpuTarget, choices: Mapping[str, Choice]
-    ) -> None:
-        self.graph, self.nodes, self.plan, self.target, self.choices = graph, nodes, plan, target, choices
-        functions = graph.mod.functions.items()  # those that opaque calls refer to stay
-        kept = {gv: f for gv, f in functions if gv.name_hint != "main" and not (f.attrs and "skim.kind" in f.attrs)}
-        self.bb = relax.BlockBuilder(tvm.IRModule(kept))
-        self.calls: list[tuple[str, LayerRecord]] = []
-        self.buffers: dict[Key, Any] = {}  # root -> newest version of its flat buffer
-        self.ready: set[Key] = set()  # values that their root's buffer holds
-        self.tensors: dict[Any, Any] = {}  # value -> ordinary tensor
-        self.kernels: dict[Any, Any] = {}
-        self.consts: dict[bytes, Any] = {}
-        self.name_of = {n.var: self._name(n) for n in nodes}
-
-    def _name(self, n: Node) -> str:
-        return n.layer.name if n.layer is not None else n.var.name
+class _Lowering(FlatValues):
+    """Emits the calls of each kind of node."""
 
     # -- the module ------------------------------------------------------------------------------------------------
     def run(self) -> tvm.IRModule:
@@ -92,129 +73,6 @@ class _Lowering:
         mod = self.bb.get()
         return mod.with_attrs(self.graph.mod.attrs) if self.graph.mod.attrs else mod
 
-    # -- values ------------------------------------------------------------------------------------------------------
-    def tensor(self, var: Any) -> Any:
-        """``var`` as an ordinary tensor."""
-        if var in self.tensors:
-            return self.tensors[var]
-        place = self.plan.places[var]
-        shape = nchw(var)
-        goal = natural(*shape)
-        if (
-            place.channels is None
-            and place.channel == 0
-            and place.root_layout.natural
-            and place.layout == place.root_layout
-        ):
-            flat = self.buffers[place.root]
-        else:
-            flat = self._convert(place, Slot(goal, goal.size), self.name_of.get(var, var.name))
-        self.tensors[var] = self.bb.emit(relax.op.reshape(flat, shape_of(var)))
-        return self.tensors[var]
-
-    def _convert(self, place: Place, goal: Slot, name: str) -> Any:
-        """A copy of a placed value in another layout."""
-        source, channels = self._slot(place), place.channels
-
-        def make() -> Any:
-            if channels is None:
-                return moves.emit_copy(source, goal, self.target)
-            return moves.emit_select(channels, Slot(place.root_layout, source.size), goal, self.target)
-
-        record = LayerRecord(name, "layout", _text(goal))
-        key = ("convert", source, goal, channels)
-        return self._call(key, "f32_convert", make, [self.buffers[place.root]], goal.size, record)
-
-    def _slot(self, place: Place) -> Slot:
-        return Slot(place.layout, place.root_layout.size, place.channel)
-
-    def flat(self, var: Any) -> tuple[Any, Slot, tuple[int, ...] | None]:
-        """(buffer, slot, channel selection) of ``var``; converts an ordinary tensor first."""
-        place = self.plan.places[var]
-        if var not in self.ready:
-            if var not in self.tensors:
-                raise InternalError(f"value {var.name} is read before it is computed; please report this bug")
-            self._import(var, place)
-        return self.buffers[place.root], self._slot(place), place.channels
-
-    def _import(self, var: Any, place: Place) -> None:
-        """Bring an ordinary tensor into its place."""
-        source = natural(*nchw(var))
-        buffer = self.bb.emit(relax.op.reshape(self.tensors[var], (source.size,)))
-        if place.root_layout.natural and place.layout == place.root_layout and place.channel == 0:
-            self.buffers[place.root] = buffer
-            self.ready.add(var)
-            return
-        src, dst = Slot(source, source.size), self._slot(place)
-        record = LayerRecord(var.name, "layout", _text(src))
-        self._write(
-            var, ("copy", src, dst), "f32_convert", lambda: moves.emit_copy(src, dst, self.target), [buffer], record
-        )
-
-    # -- calls -------------------------------------------------------------------------------------------------------
-    def _function(self, key: Any, name: str, make: Callable[[], Any]) -> Any:
-        if key not in self.kernels:
-            self.kernels[key] = self.bb.add_func(make(), name)
-        return self.kernels[key]
-
-    def _call(
-        self,
-        key: Any,
-        name: str,
-        make: Callable[[], Any],
-        args: list[Any],
-        size: int,
-        record: LayerRecord,
-        out: Any = None,
-    ) -> Any:
-        gv = self._function(key, name, make)
-        ty = relax.TensorType((size,), "float32")
-        if out is None:
-            call = relax.call_tir(gv, args, out_ty=ty)
-        else:
-            call = relax.op.call_tir_inplace(gv, [*args, out], inplace_indices=[len(args)], out_ty=ty)
-        self.calls.append(
-            (gv.name_hint, dataclasses.replace(record, kernel=record.kernel or name, symbol=gv.name_hint))
-        )
-        return self.bb.emit(call)
-
-    def _write(
-        self, key: Key, cache: Any, name: str, make: Callable[[], Any], args: list[Any], record: LayerRecord
-    ) -> None:
-        """Call a kernel whose result is ``key``, into its own buffer or into a slice of its root's."""
-        place = self.plan.places[key]
-        size = place.root_layout.size
-        if place.root == key:
-            self.buffers[key] = self._call(cache, name, make, args, size, record)
-        else:
-            if place.root not in self.buffers:
-                self.buffers[place.root] = self._allocate(size)
-            old = self.buffers[place.root]
-            self.buffers[place.root] = self._call(cache, name, make, args, size, record, out=old)
-        self.ready.add(key)
-
-    def _allocate(self, size: int) -> Any:
-        """An uninitialised buffer that several kernels fill."""
-
-        def make() -> Any:
-            with IRBuilder() as ib, B.prim_func(s_tir=True):
-                kernel_attrs()
-                B.arg("out", B.Buffer((size,), "float32"))
-                B.evaluate(0)
-            return finish(ib)
-
-        record = LayerRecord("concat", "allocate", str(size))
-        return self._call(("allocate", size), "allocate", make, [], size, record)
-
-    def _const(self, array: np.ndarray[Any, Any]) -> Any:
-        """A constant; small ones (tables, masks) are shared."""
-        if array.nbytes > 1 << 16:
-            return relax.const(array, str(array.dtype))
-        key = f"{array.dtype}{array.shape}".encode() + array.tobytes()
-        if key not in self.consts:
-            self.consts[key] = relax.const(array, str(array.dtype))
-        return self.consts[key]
-
     # -- layers ------------------------------------------------------------------------------------------------------
     def _lower_skip(self, n: Node) -> None:
         return
@@ -227,17 +85,6 @@ class _Lowering:
     def _lower_view(self, n: Node) -> None:
         self.flat(n.inputs[0])
         self.ready.add(n.var)
-
-    def _contiguous(self, var: Any) -> tuple[Any, Slot]:
-        """Like ``flat`` for kernels that need consecutive channels: a selection is copied."""
-        buffer, slot, channels = self.flat(var)
-        if channels is None:
-            return buffer, slot
-        place = self.plan.places[var]
-        layout, key = place.layout, (var, "copy")
-        if key not in self.buffers:
-            self.buffers[key] = self._convert(place, Slot(layout, layout.size), var.name)
-        return self.buffers[key], Slot(layout, layout.size)
 
     def _choice(self, layer: Layer) -> Choice:
         return self.choices[layer.name]
@@ -313,7 +160,7 @@ class _Lowering:
                 layout = natural(*nchw(x))
                 buffer, src = self.bb.emit(relax.op.reshape(self.tensors[x], (layout.size,))), Slot(layout, layout.size)
             dst = self._slot(place)
-            record = LayerRecord(name, "split_phases", f"{_text(src)} s{phases.sy},{phases.sx}")
+            record = LayerRecord(name, "split_phases", f"{text(src)} s{phases.sy},{phases.sx}")
             make = partial(moves.emit_phases, phases, src, dst, self.target)
             self._write(key, ("phases", phases, src, dst), "f32_split_phases", make, [buffer], record)
         return self.buffers[place.root], self._slot(place)
@@ -399,14 +246,9 @@ class _Lowering:
         dst = Slot(dataclasses.replace(place.root_layout, c=c), place.root_layout.size, first)
         if place.root not in self.buffers:
             self.buffers[place.root] = self._allocate(place.root_layout.size)
-        record = LayerRecord(self.name_of[n.var], "concat_copy", _text(src))
+        record = LayerRecord(self.name_of[n.var], "concat_copy", text(src))
         make = lambda: moves.emit_copy(src, dst, self.target)
         old = self.buffers[place.root]
         self.buffers[place.root] = self._call(
             ("copy", src, dst), "f32_convert", make, [buffer], dst.size, record, out=old
         )
-
-
-def _text(slot: Slot) -> str:
-    lay = slot.layout
-    return f"{lay.n}x{lay.c}x{lay.h}x{lay.w}"
