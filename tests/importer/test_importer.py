@@ -12,7 +12,7 @@ from onnx import numpy_helper as nh
 from skimtvm import importer
 from skimtvm.errors import InvalidOption, UnboundShape, UnsupportedModel
 
-from .onnx_models import cnn, f32, model, one_conv, one_line, ops, run_ort, run_tvm, same_numbers
+from .onnx_models import W, cnn, f32, model, one_conv, one_line, ops, run_ort, run_tvm, same_numbers
 
 # --- sources -------------------------------------------------------------------------------------------------------
 
