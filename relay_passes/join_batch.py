@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -56,8 +57,9 @@ def join(
     image_gv = bb.add_func(image.without_attr("global_symbol").with_attr("num_input", len(image.params)), "image")
     given = [_batched(p, batch) for p in image.params]
     result_shape = shape_of(image.body.body)
+    whole_batch = [dataclasses.replace(r, macs=r.macs * batch) for r in reports[0][0]]
     records = [
-        *reports[0][0],
+        *whole_batch,
         LayerRecord("batch", "batch", f"{batch} images", kernel="f32_copy", reason=reason),
         *reports[1][0],
     ]

@@ -94,12 +94,10 @@ def find_cut(single: Graph, batched: Graph, batch: int, choices: Mapping[str, Ch
     for i, var in enumerate(order):
         seconds, weights, lanes = _macs_and_bytes(single, var, choices)
         moved = _size(var) + sum(_size(leaf) for leaf in tensor_leaves(single.defs[var]))
-        at_once = (
-            weights / WEIGHT_BANDWIDTH / batch
-            + seconds
-            + (moved / ACTIVATION_BANDWIDTH if moved * batch > cache else 0)
-        )
-        one_by_one = weights / WEIGHT_BANDWIDTH + seconds * (1 if lanes > 0.5 else 0.8 / lanes)
+        # Weights arrive while others are multiplied: a layer takes the longer of the two.
+        at_once = max(seconds, weights / WEIGHT_BANDWIDTH / batch)
+        at_once += moved / ACTIVATION_BANDWIDTH if moved * batch > cache else 0
+        one_by_one = max(seconds * (1 if lanes > 0.5 else 0.8 / lanes), weights / WEIGHT_BANDWIDTH)
         total += at_once - one_by_one
         alone = all(position[v] > i or v.same_as(var) or last[v] <= i for v in order[: i + 1])
         copies = (

@@ -5,6 +5,7 @@ Only this file orders passes; no pass calls another.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import tvm
 from tvm import relax
 
 from .chooser import Choice, choose
-from .errors import InvalidOption
+from .errors import InvalidOption, OutputExists
 from .formats.stats import analyse
 from .relay_passes import simplify_passes
 from .relay_passes._utils import Graph, shape_of
@@ -42,14 +43,24 @@ class Lowered:
 
 
 class _Dump:
-    """Writes the module after each phase to ``NN_phase.py`` in a directory."""
+    """Writes the module after each phase to ``NN_phase.py`` in a directory, which may hold nothing but older dumps."""
 
     def __init__(self, directory: Path | None) -> None:
         self.directory, self.index = directory, 0
+        if directory is None:
+            return
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            strangers = [f.name for f in directory.iterdir() if not re.fullmatch(r"\d\d_\w+\.(py|txt)", f.name)]
+        except OSError as e:
+            raise OutputExists(f"--dump-ir {directory}: {e.strerror or e}; name another folder") from None
+        if strangers:
+            raise OutputExists(f"--dump-ir {directory} holds other files ({strangers[0]}); name an empty folder")
+        for old in directory.iterdir():
+            old.unlink()
 
     def __call__(self, phase: str, mod: tvm.IRModule, extra: str = "") -> None:
         if self.directory is not None:
-            self.directory.mkdir(parents=True, exist_ok=True)
             (self.directory / f"{self.index:02d}_{phase}.py").write_text(mod.script())
             if extra:
                 (self.directory / f"{self.index:02d}_{phase}.txt").write_text(extra)

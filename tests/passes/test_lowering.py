@@ -11,7 +11,7 @@ import tvm
 from skimtvm import importer, pipeline
 from skimtvm.chooser import choose
 from skimtvm.compiler import CompileOptions, compile_model
-from skimtvm.errors import InternalError, InvalidOption
+from skimtvm.errors import InternalError, InvalidOption, OutputExists
 from skimtvm.formats.stats import analyse
 from skimtvm.relay_passes import simplify_passes
 from skimtvm.relay_passes._utils import Graph
@@ -185,3 +185,19 @@ def test_layer_reader_keeps_operands_apart() -> None:
     layer = read_layer(next(f for gv, f in mod.functions.items() if gv.name_hint.startswith("conv2d")))
     assert layer.inputs == (0, 0) and str(layer.program) == "add+add"
     check(net.model(y))
+
+
+def test_dump_keeps_to_its_own_files(tmp_path: Any) -> None:
+    net = Net(1, 4, 6, 6)
+    model = net.model(net.conv("x", 4, 4, density=0.3))
+    for _ in range(2):  # a second dump replaces the first
+        compile_model(model, CompileOptions(dump_ir=tmp_path / "ir"))
+    names = sorted(f.name for f in (tmp_path / "ir").iterdir())
+    assert [n for n in names if n.endswith(".py")] == [
+        "00_import.py", "01_simplify.py", "02_fuse_layers.py", "03_lower_layers.py", "04_legalize_rest.py",
+    ]  # fmt: skip
+    assert "f32_csr_conv2d" in (tmp_path / "ir" / "03_lower_layers.py").read_text()
+    (tmp_path / "ir" / "notes.md").write_text("mine")
+    with pytest.raises(OutputExists, match="holds other files"):
+        compile_model(model, CompileOptions(dump_ir=tmp_path / "ir"))
+    assert (tmp_path / "ir" / "notes.md").read_text() == "mine"
