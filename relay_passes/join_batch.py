@@ -54,7 +54,6 @@ def join(
         for gv, f in second.functions.items():
             if gv.name_hint != "main":
                 rename[gv] = bb.add_func(f, gv.name_hint)
-    image_gv = bb.add_func(image.without_attr("global_symbol").with_attr("num_input", len(image.params)), "image")
     given = [_batched(p, batch) for p in image.params]
     result_shape = shape_of(image.body.body)
     whole_batch = [dataclasses.replace(r, macs=r.macs * batch) for r in reports[0][0]]
@@ -86,13 +85,13 @@ def join(
                         bb.emit(relax.op.reshape(bb.emit(relax.call_tir(take, [flat, which], out_ty=ty)), shape_of(p)))
                     )
                     calls.append(copy)
-                one = bb.emit(relax.op.reshape(bb.emit(relax.Call(image_gv, args)), (size,)))
+                one = bb.emit(relax.op.reshape(_inline(bb, image, args, {}), (size,)))
                 calls.extend(reports[0][1])
                 out = bb.emit(relax.op.call_tir_inplace(put, [one, which, out], inplace_indices=[2], out_ty=whole))
                 calls.append(copy)
             value = bb.emit(relax.op.reshape(out, (batch, *result_shape[1:])))
             if second is not None:
-                value = _inline(bb, second["main"], value, rename)
+                value = _inline(bb, second["main"], [value], rename)
                 calls.extend(offset + c for c in reports[1][1])
             final = bb.emit_output(value)
         bb.emit_func_output(final)
@@ -111,9 +110,9 @@ def _nothing(size: int) -> Any:
     return finish(ib)
 
 
-def _inline(bb: relax.BlockBuilder, func: relax.Function, value: Any, rename: dict[Any, Any]) -> Any:
-    """Emit the bindings of ``func`` with its parameter bound to ``value``."""
-    mapping: dict[Any, Any] = {func.params[0]: value}
+def _inline(bb: relax.BlockBuilder, func: relax.Function, values: list[Any], rename: dict[Any, Any]) -> Any:
+    """Emit the bindings of ``func`` with its parameters bound to ``values``; functions are called by their new names."""
+    mapping: dict[Any, Any] = dict(zip(func.params, values, strict=True))
     for block in func.body.blocks:
         for binding in block.bindings:
             expr = substitute(binding.value, mapping)
