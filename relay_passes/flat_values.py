@@ -41,10 +41,11 @@ class FlatValues:
         self.tensors: dict[Any, Any] = {}  # value -> ordinary tensor
         self.kernels: dict[Any, Any] = {}
         self.consts: dict[bytes, Any] = {}
-        self.name_of = {n.var: self._name(n) for n in nodes}
-
-    def _name(self, n: Node) -> str:
-        return n.layer.name if n.layer is not None else n.var.name
+        self.name_of: dict[Any, str] = {}
+        counts: dict[str, int] = {}
+        for n in nodes:  # layers carry the model's names; pooling and the like are numbered
+            counts[n.kind] = counts.get(n.kind, -1) + 1
+            self.name_of[n.var] = n.layer.name if n.layer is not None else f"{n.kind}_{counts[n.kind]}"
 
     # -- values ------------------------------------------------------------------------------------------------------
     def tensor(self, var: Any) -> Any:
