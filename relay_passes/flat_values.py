@@ -9,15 +9,13 @@ from typing import Any
 import numpy as np
 import tvm
 from tvm import relax
-from tvm.script.ir_builder import IRBuilder
-from tvm.script.ir_builder import tirx as B
 
 from ..chooser import Choice
 from ..errors import InternalError
 from ..layout import natural
 from ..report import LayerRecord
 from ..schedules import moves
-from ..schedules.emit import finish, kernel_attrs
+from ..schedules.emit import allocation
 from ..schedules.pointwise import Slot
 from ..target import CpuTarget
 from ._utils import Graph, shape_of
@@ -151,15 +149,8 @@ class FlatValues:
     def _allocate(self, size: int) -> Any:
         """An uninitialised buffer that several kernels fill."""
 
-        def make() -> Any:
-            with IRBuilder() as ib, B.prim_func(s_tir=True):
-                kernel_attrs()
-                B.arg("out", B.Buffer((size,), "float32"))
-                B.evaluate(0)
-            return finish(ib)
-
         record = LayerRecord("concat", "allocate", str(size))
-        return self._call(("allocate", size), "allocate", make, [], size, record)
+        return self._call(("allocate", size), "allocate", lambda: allocation(size), [], size, record)
 
     def _const(self, array: np.ndarray[Any, Any]) -> Any:
         """A constant; small ones (tables, masks) are shared."""

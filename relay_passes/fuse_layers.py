@@ -130,12 +130,10 @@ def _gate_free(graph: Graph, batch_one: bool) -> Callable[[Any, dict[Any, None]]
 
 @tvm.transform.module_pass(opt_level=0, name="FuseLayers")
 class FuseLayers:
-    """``gates``: allow operands f32[1, C, 1, 1] in the epilogues of a network of batch 1. ``layers``: names of the groups
-    that were made, by function name."""
+    """``gates``: allow operands f32[1, C, 1, 1] in the epilogues of a network of batch 1."""
 
     def __init__(self, gates: bool = True) -> None:
         self.gates = gates
-        self.layers: dict[str, str] = {}
 
     def transform_module(self, mod: tvm.IRModule, ctx: Any) -> tvm.IRModule:
         graph = Graph.of(mod)
@@ -180,7 +178,6 @@ class FuseLayers:
                 out = bb.emit_output(_rebind(graph.defs[members[-1]], mapping))
             bb.emit_func_output(out)
         gv = graph.add_function(f"{kind}_{index}", bb.get()["main"])
-        self.layers[gv.name_hint] = name
         graph.replace(members[-1], relax.Call(gv, list(outside)))
 
 

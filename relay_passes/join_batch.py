@@ -13,7 +13,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as B
 
 from ..report import LayerRecord
-from ..schedules.emit import finish, kernel_attrs
+from ..schedules.emit import allocation, finish, kernel_attrs
 from ..schedules.rows import pieces
 from ..target import CpuTarget
 from ._utils import shape_of, substitute
@@ -74,7 +74,7 @@ def join(
             size = math.prod(result_shape)
             put = bb.add_func(_copy_image(size, batch, target, put=True), "put_image")
             whole = relax.TensorType((batch * size,), "float32")
-            out = bb.emit(relax.call_tir(bb.add_func(_nothing(batch * size), "allocate"), [], out_ty=whole))
+            out = bb.emit(relax.call_tir(bb.add_func(allocation(batch * size), "allocate"), [], out_ty=whole))
             calls.append(copy)
             for i in range(batch):
                 which = relax.const(np.array([i], np.int32), "int32")
@@ -100,14 +100,6 @@ def join(
 
 def _batched(param: Any, batch: int) -> Any:
     return relax.Var(param.name, relax.TensorType((batch, *shape_of(param)[1:]), param.ty.dtype))
-
-
-def _nothing(size: int) -> Any:
-    with IRBuilder() as ib, B.prim_func(s_tir=True):
-        kernel_attrs()
-        B.arg("out", B.Buffer((size,), "float32"))
-        B.evaluate(0)
-    return finish(ib)
 
 
 def _inline(bb: relax.BlockBuilder, func: relax.Function, values: list[Any], rename: dict[Any, Any]) -> Any:

@@ -142,19 +142,9 @@ def _module(graph: Graph, params: list[Any], mapping: dict[Any, Any], result: An
         bb.emit_func_output(out)
     functions = {gv: f for gv, f in graph.mod.functions.items() if gv.name_hint != "main"}
     main = bb.get()["main"]
-    used = {
-        b.value.op
-        for block in main.body.blocks
-        for b in block.bindings
-        if isinstance(b.value, relax.Call) and isinstance(b.value.op, tvm.ir.GlobalVar)
-    }
-    used |= {
-        a
-        for block in main.body.blocks
-        for b in block.bindings
-        if isinstance(b.value, relax.Call)
-        for a in b.value.args
-        if isinstance(a, tvm.ir.GlobalVar)
-    }
+    used: set[Any] = set()
+    for block in main.body.blocks:
+        for call in (b.value for b in block.bindings if isinstance(b.value, relax.Call)):
+            used |= {g for g in (call.op, *call.args) if isinstance(g, tvm.ir.GlobalVar)}
     gv = tvm.ir.GlobalVar("main")
     return tvm.IRModule({**{g: f for g, f in functions.items() if g in used}, gv: main})

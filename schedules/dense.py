@@ -5,8 +5,9 @@ are broadcast. ``csr``: one output channel at a time, eight independent sums hid
 column index takes 16 bits where the input is short enough; rows are cut into parallel chunks by nonzeros. Larger batches
 are 1x1 convolutions over an image of one pixel a row (``gather_gemm``), where the batch fills the lanes.
 
-The scalar sums of ``csr`` reach about one nonzero a cycle (two loads for each), which is 22 GB/s of compressed weights at
-3.7 GHz, close to the bandwidth of memory on a server core; a 16-lane hardware gather is no faster on Zen 4.
+Measured on Zen 4, one thread, batch 1, against 16 GB/s that the core read from memory in the same run: ``csr`` 4096x9216
+at 90% 8.2 GB/s of compressed weights (51%), 4096x4096 at 84% 16.7 GB/s (it fits the last-level cache). Two scalar loads
+for each nonzero bound it: a vector of indices has no gather that TVM emits.
 """
 
 from __future__ import annotations

@@ -70,6 +70,15 @@ def lane_mask(lanes: int, active: int) -> Expr:
     return B.get_active_lane_mask(f"uint1x{lanes}", 0, active)
 
 
+def allocation(size: int) -> Any:
+    """PrimFunc that leaves its output f32[size] as it is: a buffer for several kernels to fill."""
+    with IRBuilder() as ib, B.prim_func(s_tir=True):
+        kernel_attrs()
+        B.arg("out", B.Buffer((size,), "float32"))
+        B.evaluate(0)
+    return finish(ib)
+
+
 def loop(extent: int) -> Any:
     """A serial loop over ``extent``."""
     return B.serial(0, extent)

@@ -4,6 +4,9 @@ Each output row is made in two steps: the rows of its window are reduced into a 
 then the scratch row, which carries the padding on both sides, is reduced along x with shifted vectors (stride 1) or
 shuffles (stride 2 to 4). Border rows are separate code in which only the taps inside of the image exist, so nothing
 ever relies on what the halo of the input holds.
+
+Measured on Zen 4, one thread: 3x3 stride 2 on 64x112x112 takes 0.07-0.08 ms, 50-60 GB/s read and written, of about 100
+that one core reads at that size.
 """
 
 from __future__ import annotations
