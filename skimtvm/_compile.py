@@ -72,7 +72,7 @@ def _in_child(model: Any, target: Path, overwrite: bool, options: Mapping[str, A
         model = file
     args = [sys.executable, "-m", "skimtvm", "compile", os.fspath(model), "-o", str(target), "--quiet"]
     args += ["--overwrite"] if overwrite else []
-    args += _flags(options)
+    args += flags(options)
     path = os.pathsep.join([str(Path(__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONPATH": path}
     child = subprocess.run(args, env=environment, capture_output=True, text=True, check=False)
@@ -82,7 +82,8 @@ def _in_child(model: Any, target: Path, overwrite: bool, options: Mapping[str, A
         raise _error_class(child.returncode)(message)
 
 
-def _flags(options: Mapping[str, Any]) -> Iterator[str]:
+def flags(options: Mapping[str, Any]) -> Iterator[str]:
+    """``CompileOptions`` fields as flags of ``skimtvm compile``."""
     for name, value in options.items():
         flag = "--" + {"input_shapes": "input-shape"}.get(name, name.replace("_", "-"))
         if value is None:

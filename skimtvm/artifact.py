@@ -8,6 +8,7 @@ refused before any of it is executed. Reading needs neither TVM nor NumPy.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import shlex
 import shutil
@@ -61,8 +62,9 @@ def write(compiled: CompiledModule, path: str | os.PathLike[str], *, overwrite: 
         raise _unwritable(target, e) from None
     try:
         built = work / "module.so"
-        _export(compiled.executable, built, work)
-        _append_trailer(built, compiled.manifest)
+        linker = _export(compiled.executable, built, work)
+        tools = compiled.manifest.tools | {"linker": linker}
+        _append_trailer(built, dataclasses.replace(compiled.manifest, tools=tools))
         _publish(built, target, overwrite)
     except OSError as e:
         raise _unwritable(target, e) from e
@@ -181,7 +183,19 @@ def _parse(payload: bytes, where: str) -> Manifest:
 
 def _check(m: Manifest) -> None:
     """ValueError unless every field that the runtime relies on has its type: the file may come from anyone."""
-    texts = [m.skimtvm_version, m.tvm_version, m.target, m.model_sha256, m.model_name, *m.features, *m.warnings]
+    if not isinstance(m.options, dict) or not isinstance(m.tools, dict):
+        raise ValueError
+    texts = [
+        *m.tools,
+        *m.tools.values(),
+        m.skimtvm_version,
+        m.tvm_version,
+        m.target,
+        m.model_sha256,
+        m.model_name,
+        *m.features,
+        *m.warnings,
+    ]
     numbers = [*m.calls]
     for spec in (*m.inputs, *m.outputs):
         texts += [spec.name, spec.dtype]
@@ -191,7 +205,7 @@ def _check(m: Manifest) -> None:
         numbers += [layer.macs, layer.nnz, layer.weights, layer.stored_bytes]
     if not all(isinstance(t, str) for t in texts) or not all(type(n) is int and n >= 0 for n in numbers):
         raise ValueError
-    if any(k >= len(m.layers) for k in m.calls) or not isinstance(m.options, dict):
+    if any(k >= len(m.layers) for k in m.calls):
         raise ValueError
 
 
@@ -229,10 +243,17 @@ def _unwritable(target: Path, e: OSError) -> OutputExists:
     return OutputExists(f"output '{target}' cannot be written: {e.strerror or e}; choose another place or make room")
 
 
-def _export(executable: Any, built: Path, work: Path) -> None:
+def _export(executable: Any, built: Path, work: Path) -> str:
+    """Write the bare library ``built`` and return the name and version of the linker that made it."""
+    used: list[str] = []
+
+    def linked(output: str, objects: Sequence[str], options: Sequence[str] | None = None, **_: Any) -> None:
+        used.append(link(output, objects, options))
+
     try:
         with quiet_tvm():
-            executable.export_library(str(built), fcompile=link, workspace_dir=str(work))
+            executable.export_library(str(built), fcompile=linked, workspace_dir=str(work))
+        return used[-1]
     except (SkimError, OSError):
         raise
     except Exception as e:
@@ -242,9 +263,9 @@ def _export(executable: Any, built: Path, work: Path) -> None:
         raise InternalError(f"TVM could not export the module: {reason.strip()}") from e
 
 
-def link(output: str, objects: Sequence[str], options: Sequence[str] | None = None, **_: Any) -> None:
+def link(output: str, objects: Sequence[str], options: Sequence[str] | None = None) -> str:
     """Link object files into the shared library ``output`` with the first of $CXX, $CC, g++, gcc, clang, cc, ld that
-    works. Raises EnvironmentProblem if none does, OSError if the disk is full."""
+    works; returns its first line of --version. Raises EnvironmentProblem if none works, OSError if the disk is full."""
     failures = []
     for command in _linkers():
         args = [*command, "-o", output, *map(str, objects), *(options or ())]
@@ -254,13 +275,21 @@ def link(output: str, objects: Sequence[str], options: Sequence[str] | None = No
             failures.append(f"{command[0]}: {e.strerror}")
             continue
         if done.returncode == 0:
-            return
+            return version_of(command[0])
         if "No space left" in done.stderr:
             raise OSError(28, "no space left on the device")
         failures.append(f"{command[0]}: {(done.stderr.strip().splitlines() or ['failed'])[0]}")
     raise EnvironmentProblem(
         f"no working linker ({'; '.join(failures) or 'neither a C compiler nor ld in PATH'}); install gcc or binutils"
     )
+
+
+def version_of(program: str) -> str:
+    """First line of ``program --version``, or its name where it has none."""
+    done = subprocess.run(
+        [program, "--version"], check=False, stdin=subprocess.DEVNULL, capture_output=True, errors="replace"
+    )
+    return next(iter(done.stdout.splitlines()), "") or Path(program).name
 
 
 def _linkers() -> Iterator[list[str]]:

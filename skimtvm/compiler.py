@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,9 +96,17 @@ def compile_model(
         model_name=model.name,
         options=options.record(),
         warnings=model.warnings,
+        tools=_tools(),
     )
     step("done", 1.0)
     return Compiled(manifest, executable)
+
+
+def _tools() -> dict[str, str]:
+    """Versions of what makes the code; ``artifact.write`` adds the linker."""
+    llvm = tvm.get_global_func("target.llvm_version_major", allow_missing=True)
+    packages = {name: importlib.metadata.version(name) for name in ("apache-tvm", "apache-tvm-ffi", "numpy", "onnx")}
+    return packages | ({"llvm": str(llvm())} if llvm else {})
 
 
 def _single(source: Any, model: ImportedModel, options: CompileOptions) -> Any:

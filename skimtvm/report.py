@@ -55,7 +55,8 @@ class TensorSpec:
 @dataclass(frozen=True)
 class Manifest:
     """What travels in a compiled module. ``calls``: index into ``layers`` of each kernel call, in execution order
-    (several calls may serve one layer, and a call that serves no layer of the network has its own record)."""
+    (several calls may serve one layer, and a call that serves no layer of the network has its own record). The same
+    model file, options, target and tools give the same module, byte by byte."""
 
     skimtvm_version: str
     tvm_version: str
@@ -69,6 +70,7 @@ class Manifest:
     model_name: str
     options: dict[str, object] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    tools: dict[str, str] = field(default_factory=dict)  # versions that decide the module's bytes, by name
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), separators=(",", ":"), ensure_ascii=False)

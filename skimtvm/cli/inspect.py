@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,10 +45,20 @@ def _show_module(file: Path, as_json: bool) -> None:
     click.echo(f"inputs   {tensors(manifest.inputs)}")
     click.echo(f"outputs  {tensors(manifest.outputs)}")
     click.echo(f"target   {manifest.target}, needs {', '.join(manifest.features) or 'nothing special'}")
-    click.echo(f"made by  skimtvm {manifest.skimtvm_version}, TVM {manifest.tvm_version}")
+    tools = {"skimtvm": manifest.skimtvm_version, **manifest.tools}
+    click.echo(f"made by  {', '.join(f'{name} {version}' for name, version in tools.items())}")
+    click.echo(f"again    {recipe(manifest)}")
     click.echo(f"totals   {summary(manifest)}, {file_size(file)}")
     for warning in manifest.warnings:
         click.echo(f"warning  {warning}")
+
+
+def recipe(manifest: Manifest) -> str:
+    """The command that makes the same module from the same model file, with the tools that the manifest lists."""
+    from .._compile import flags
+
+    options = flags(manifest.options | {"target": manifest.target})
+    return shlex.join(["skimtvm", "compile", "MODEL.onnx", "-o", "MODULE.so", *options])
 
 
 def module_json(manifest: Manifest) -> str:

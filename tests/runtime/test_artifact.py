@@ -19,8 +19,13 @@ from skimtvm.artifact import FOOTER, MAGIC, START, read_manifest, write
 from skimtvm.errors import EnvironmentProblem, InternalError, InvalidArtifact, InvalidOption, OutputExists, SkimError
 
 
+def without_linker(manifest):
+    assert manifest.tools["linker"]
+    return dataclasses.replace(manifest, tools={})
+
+
 def test_manifest_round_trip(file, sample):
-    assert read_manifest(file) == sample.MANIFEST
+    assert without_linker(read_manifest(file)) == sample.MANIFEST
 
 
 def test_two_writes_give_the_same_bytes(sample, file, tmp_path):
@@ -55,7 +60,7 @@ def test_existing_output_is_kept_unless_overwrite(sample, tmp_path):
         write(sample.build(), path)
     assert path.read_text() == "mine"
     write(sample.build(), path, overwrite=True)
-    assert read_manifest(path) == sample.MANIFEST
+    assert without_linker(read_manifest(path)) == sample.MANIFEST
 
 
 def test_dangling_link_counts_as_existing(sample, tmp_path):
@@ -157,7 +162,7 @@ def test_no_linker(sample, tools, tmp_path):
 def test_broken_compiler_in_the_environment_falls_back(sample, tools, tmp_path, monkeypatch):
     tools("ld")
     monkeypatch.setenv("CXX", "no-such-compiler --flag")
-    assert read_manifest(write(sample.build(), tmp_path / "m.so")) == sample.MANIFEST
+    assert without_linker(read_manifest(write(sample.build(), tmp_path / "m.so"))) == sample.MANIFEST
 
 
 # ---- files that are not modules ----------------------------------------------------------------------------------
