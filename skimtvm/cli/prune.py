@@ -66,7 +66,9 @@ def prune_command(
                 x.weights[1],
                 number(x.sparsity[0]),
                 number(x.sparsity[1]),
-                "; ".join(filter(None, [x.note, _channels(report.channels.get(x.name, 0))])),
+                "; ".join(
+                    filter(None, [x.note, _channels(report.channels.get(x.name, 0)), report.stayed.get(x.name, "")])
+                ),
             )
             for x in report.layers
         ],

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +46,13 @@ class LayerChange:
 
 @dataclass(frozen=True)
 class Report:
-    """What pruning did to a model; ``channels``: dead channels that were removed, by layer."""
+    """What pruning did to a model; ``channels``: dead channels that were removed, by the layer that made them;
+    ``stayed``: why other channels that are empty or unread were not."""
 
     layers: tuple[LayerChange, ...]
     channels: dict[str, int]
     pattern: str
+    stayed: dict[str, str] = field(default_factory=dict)
 
     @property
     def weights(self) -> tuple[int, int]:
@@ -125,7 +127,7 @@ def prune_model(
             rule = mask if mask is not None else Mask(groups=_groups(pattern, layer), scale=layer.scale())
             stay = rule.keep(rows, None if mask is not None else targets[layer.name])
             graph.set(layer.tensor, layer.rows_back(np.where(stay, rows, 0).astype(w.dtype), w.shape))
-    channels = dead_channels.remove(model) if remove_dead else {}
+    dead = dead_channels.remove(model) if remove_dead else dead_channels.Removal({}, {})
     graph.refresh()
     after = {layer.name: graph_array(graph, layer) for layer in layers(graph)}
     rows_out = []
@@ -134,7 +136,7 @@ def prune_model(
         change = LayerChange(name, layer.op, tuple(now.shape), (size, now.size), (nnz, int(np.count_nonzero(now))),
                              notes.get(name, ""))  # fmt: skip
         rows_out.append(change)
-    return model, Report(tuple(rows_out), channels, pattern)
+    return model, Report(tuple(rows_out), dead.channels, pattern, dead.stayed)
 
 
 def prune_file(source: str | Path, output: str | Path, *, overwrite: bool = False, **options: Any) -> Report:
