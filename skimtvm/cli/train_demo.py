@@ -49,12 +49,25 @@ class Epochs(click.ParamType):
 @click.option("--limit", type=click.IntRange(min=1), help="Use the first so many training images.")
 @click.option("--threads", type=click.IntRange(1, 1024), help="Threads of PyTorch; part of the result.  [default: 2]")
 @click.option("--seed", type=click.IntRange(min=0), help="Of the weights and the order of the data.  [default: 0]")
+@click.option(
+    "--guided", is_flag=True, help="Prune only layers that gain, as far as they gain, by the model of the machine."
+)
+@click.option(
+    "--alphas", help="JSON of the measured machine for --guided: alpha by layer or kernel, or of skimtvm bench."
+)
 @click.option("--start", help="Run folder whose dense weights to begin with.")
 @click.option("--checkpoint-every", type=click.IntRange(min=1), help="Batches between checkpoints.  [default: 30 s]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
 def train_demo_command(
-    runs: Path, run_dir: Path | None, checkpoint_every: int | None, as_json: bool, quiet: bool, **options: Any
+    runs: Path,
+    run_dir: Path | None,
+    checkpoint_every: int | None,
+    as_json: bool,
+    quiet: bool,
+    guided: bool,
+    alphas: str | None,
+    **options: Any,
 ) -> None:
     """Train a small network, prune it while training, fine-tune it with the mask and write model.onnx.
 
@@ -69,6 +82,10 @@ def train_demo_command(
     if given.get("data") in ("digits", "mnist5k"):
         given.setdefault("augment", False)  # a mirrored digit is another one, or none
         given.setdefault("network", "small")
+    if guided or alphas is not None:
+        from ..prune.guide import Machine
+
+        given["guide"] = {} if alphas is None else dataclasses.asdict(Machine.load(alphas))
     config = Config(**given)
     folder = run_dir if run_dir is not None else runs / config.name
     with progress(quiet) as report:
@@ -78,7 +95,9 @@ def train_demo_command(
         return
     if quiet:
         return
-    print_table(("layer", "sparsity>"), [(name, f"{share:.4f}") for name, share in result.layers.items()])
+    columns = ("layer", "sparsity>", "guide") if config.guide is not None else ("layer", "sparsity>")
+    rows = [(name, f"{share:.4f}", result.guide.get(name, "")) for name, share in result.layers.items()]
+    print_table(columns, [row[: len(columns)] for row in rows])
     click.echo(
         f"{result.run}: top-1 {100 * result.dense_accuracy:.2f} % dense, {100 * result.accuracy:.2f} % at sparsity "
         f"{result.sparsity:.4f} ({result.seconds:.0f} s); model {result.run / 'model.onnx'}"

@@ -3,16 +3,17 @@
 The projection of a layer with density x, dense FLOPs C, F FLOP/s of the machine on dense layers, bytes of activations
 S_A and weights S_W, memory bandwidth B:
 
-    t_dense = C / F,   t_sparse = max(alpha x C / F, (S_A + beta x S_W) / B)
+    t_dense = max(C / F, (S_A + S_W) / B),   t_sparse = max(alpha x C / F, (S_A + beta x S_W) / B)
 
 alpha is how much longer the sparse kernel takes for a multiply-add (1 / alpha is the break-even density), beta about 2
-for an index beside each value.
+for an index beside each value. SkimCaffe's model has t_dense = C / F; the bytes count for fully connected layers at batch 1.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -27,12 +28,13 @@ from ..workload import ConvWorkload, DenseWorkload
 from .groups import ELEMENTS, Elements
 from .masks import Mask, check_sparsity
 from .pruner import Pruner, zeros
-from .rules import layer_name
+from .rules import Rule, layer_name
 
 Array = npt.NDArray[Any]
 Workload = ConvWorkload | DenseWorkload
 # One core of a Zen 4 server: what kernels reach there. Ratios matter, so it is a fair model of others too.
-DEFAULT_ALPHA = {"csr": 1.8, "bsr4": 1.15, "bsr8": 1.1}
+DEFAULT_ALPHA = {"csr": 1.8, "bsr4": 1.15, "bsr8": 1.1, "bsr16": 1.1}
+_AT_CEILING = 1.01  # a mask at exactly this density may be a weight above it
 DEFAULT_FLOPS, DEFAULT_BANDWIDTH, DEFAULT_BETA = 117e9, 50e9, 2.0
 
 
@@ -57,7 +59,8 @@ class Machine:
 
     @staticmethod
     def load(source: Mapping[str, Any] | str | Path | None) -> Machine:
-        """From a mapping or JSON file: alpha by layer or kernel, plus optional flops, bandwidth and beta. None: model."""
+        """From a mapping or JSON file: alpha by layer or kernel, plus optional flops, bandwidth and beta; or the JSON of
+        ``skimtvm bench --layers``, of which the medians count. None: the model."""
         if source is None:
             return Machine()
         raw: Any = source
@@ -68,6 +71,8 @@ class Machine:
                 raise InvalidOption(f"alpha table '{source}' cannot be read as JSON: {e}") from None
         if not isinstance(raw, Mapping):
             raise InvalidOption("alpha table: give an object of layer or kernel: alpha")
+        if isinstance(raw.get("layers"), list) and "schema" in raw:
+            raw = _measured(raw["layers"])
         numbers = {k: raw[k] for k in ("flops", "bandwidth", "beta") if k in raw}
         alpha = raw.get("alpha", {k: v for k, v in raw.items() if k not in numbers})
         if not isinstance(alpha, Mapping):
@@ -84,6 +89,22 @@ class Machine:
         if kernel not in self.alpha:
             raise InvalidOption(f"alpha table: no alpha for kernel '{kernel}'; it has {', '.join(self.alpha)}")
         return self.alpha[kernel]
+
+
+def _measured(rows: Sequence[Any]) -> dict[str, Any]:
+    """Medians over the rows of a benchmark of single layers: alpha by kernel, rates of the machine."""
+    sparse = [r for r in rows if isinstance(r, dict) and r.get("alpha") and r.get("kernel_name") != "dense"]
+    if not sparse:
+        raise InvalidOption("alpha table: the benchmark has no sparse layers; run skimtvm bench --layers first")
+    try:
+        kernels = {k: [r["alpha"] for r in sparse if r["kernel_name"] == k] for k in {r["kernel_name"] for r in sparse}}
+        return {
+            "alpha": {kernel: statistics.median(values) for kernel, values in sorted(kernels.items())},
+            "flops": 1e9 * statistics.median(r["macs"] * 2e-6 / r["dense"]["median_ms"] for r in sparse if r["dense"]),
+            "bandwidth": 1e9 * statistics.median(r["bandwidth_gbs"] for r in sparse),
+        }
+    except (KeyError, TypeError, statistics.StatisticsError) as e:
+        raise InvalidOption(f"alpha table: the benchmark's rows cannot be read ({e}); run it again") from None
 
 
 @dataclass(frozen=True)
@@ -107,6 +128,11 @@ class Projection:
     @property
     def speedup(self) -> float:
         return self.dense_time / self.sparse_time if self.sparse_time else math.inf
+
+    @property
+    def done(self) -> bool:
+        """Whether more zeros gain nothing."""
+        return self.density <= _AT_CEILING * self.ceiling
 
 
 class Guide:
@@ -138,17 +164,18 @@ class Guide:
         work, m = self.workloads[name], self.machine
         alpha = m.alpha_of(name, self.kernel)
         activations, weights = _bytes(work)
-        dense = 2 * work.macs / m.flops
+        compute = 2 * work.macs / m.flops
+        dense = max(compute, (activations + weights) / m.bandwidth)
 
         def time(x: float) -> float:
-            return max(alpha * x * dense, (activations + m.beta * x * weights) / m.bandwidth)
+            return max(alpha * x * compute, (activations + m.beta * x * weights) / m.bandwidth)
 
         # alpha x C / F falls below the memory's time at the ceiling; both are linear in x.
-        slope = alpha * dense - m.beta * weights / m.bandwidth
+        slope = alpha * compute - m.beta * weights / m.bandwidth
         floor = activations / m.bandwidth
         ceiling = min(floor / slope, 1.0) if slope > 0 else 1.0
         memory_even = (dense * m.bandwidth - activations) / (m.beta * weights)
-        even = min(max(min(1 / alpha, memory_even), 0.0), 1.0)
+        even = min(max(min(dense / (alpha * compute), memory_even), 0.0), 1.0)
         # Where memory bounds the layer at every density, fewer weights are still fewer bytes: no ceiling then.
         target = self.reach if slope <= 0 else max(self.reach, ceiling)
         best = dense / time(target)
@@ -158,7 +185,7 @@ class Guide:
             reason = f"leave dense: {best:.2f}x even at density {target:.3f} (break-even {even:.2f})"
         elif density > even:
             reason = f"prune to {target:.3f}: {dense / sparse:.2f}x now, {best:.1f}x there; break-even {even:.2f}"
-        elif density <= ceiling and slope > 0:
+        elif slope > 0 and density <= _AT_CEILING * ceiling:
             reason = f"stop: {dense / sparse:.1f}x, bound by memory below density {ceiling:.3f}"
         else:
             reason = f"prune on to {target:.3f}: {dense / sparse:.1f}x now, {best:.1f}x there"
@@ -189,11 +216,20 @@ class GuidedPruning:
     ceiling stop, and layers that have settled above break-even get their dense weights back.
 
     Call ``update`` every now and then, best once an epoch. ``patience``: how many updates in a row a layer may change
-    its density by less than ``settled`` before it counts as settled.
+    its density by less than ``settled`` before it counts as settled. ``dense``: the rule of layers that are left or made
+    dense, by parameter (a weight decay, say); nothing acts on them by default.
     """
 
-    def __init__(self, pruner: Pruner, guide: Guide, *, patience: int = 2, settled: float = 0.01) -> None:
-        self.pruner, self.guide, self.patience, self.settled = pruner, guide, patience, settled
+    def __init__(
+        self,
+        pruner: Pruner,
+        guide: Guide,
+        *,
+        patience: int = 2,
+        settled: float = 0.01,
+        dense: Callable[[str], Rule | None] = lambda name: None,
+    ) -> None:
+        self.pruner, self.guide, self.patience, self.settled, self.rule = pruner, guide, patience, settled, dense
         self.names = {layer_name(n): n for n in pruner.layers if layer_name(n) in guide.workloads}
         if not self.names:
             listed = ", ".join(map(layer_name, pruner.layers)) or "none"
@@ -205,11 +241,18 @@ class GuidedPruning:
         for layer, name in self.names.items():
             projection = guide.project(layer)
             if not projection.worth:
-                pruner.release(name, self.dense[name])
+                pruner.release(name, rule=self.rule(name))
                 self.decisions[layer] = projection.reason
 
-    def update(self) -> dict[str, str]:
-        """Decide on every layer that is still being pruned; returns the new decisions, with their reasons."""
+    def is_dense(self, layer: str) -> bool:
+        """Whether the layer was left dense, or restored."""
+        return self.decisions.get(layer, "").startswith(("leave dense", "restored"))
+
+    def update(self, *, restore: bool = True) -> dict[str, str]:
+        """Decide on every layer that is still being pruned; returns the new decisions, with their reasons.
+
+        ``restore``: False while layers have not had the time to become sparse; then they only stop.
+        """
         new: dict[str, str] = {}
         for layer, name in self.names.items():
             if layer in self.decisions:
@@ -219,14 +262,29 @@ class GuidedPruning:
             moved = abs(density - self._last.get(layer, math.inf))
             self._still[layer] = self._still.get(layer, 0) + 1 if moved < self.settled else 0
             self._last[layer] = density
-            if projection.ceiling > 0 and density <= projection.ceiling:
+            if projection.done:
                 self.pruner.freeze(name)
                 new[layer] = projection.reason
-            elif self._still[layer] >= self.patience and density > projection.break_even:
-                self.pruner.release(name, self.dense[name])
+            elif restore and self._still[layer] >= self.patience and density > projection.break_even:
+                self.pruner.release(name, self.dense[name], self.rule(name))
                 new[layer] = f"restored: settled at density {density:.3f} above break-even {projection.break_even:.2f}"
         self.decisions |= new
         return new
+
+    def state_dict(self) -> dict[str, Array]:
+        """What is not in the pruner's state: decisions, and the dense weights of layers that may need them."""
+        state = json.dumps([self.decisions, self._last, self._still])
+        waiting = {n: w for layer, n in self.names.items() if layer not in self.decisions for w in [self.dense[n]]}
+        return {"guide": np.array(state)} | {f"guide_dense/{n}": w.copy() for n, w in waiting.items()}
+
+    def load_state_dict(self, state: Mapping[str, Array]) -> None:
+        """After the pruner's own state."""
+        self.decisions, self._last, self._still = json.loads(str(state["guide"]))
+        for layer, name in self.names.items():
+            if self.is_dense(layer):
+                self.pruner.release(name, rule=self.rule(name))
+            elif f"guide_dense/{name}" in state:
+                self.dense[name] = np.array(state[f"guide_dense/{name}"])
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import InvalidOption
+from ..workload import ConvWorkload, DenseWorkload
 
 Array = npt.NDArray[Any]
 EPSILON = 1e-5  # of batch normalisation
@@ -76,6 +77,20 @@ def shapes(spec: Spec, image: tuple[int, int, int]) -> Iterator[tuple[Conv | Den
             flat = flat or c * h * w
             yield layer, (layer.k, flat)
             flat = layer.k
+
+
+def workloads(spec: Spec, image: tuple[int, int, int], batch: int = 1) -> dict[str, ConvWorkload | DenseWorkload]:
+    """Of every layer, by name."""
+    out: dict[str, ConvWorkload | DenseWorkload] = {}
+    h, w = image[1:]
+    for layer, shape in shapes(spec, image):
+        if isinstance(layer, Conv):
+            r, p = layer.r, layer.r // 2
+            out[layer.name] = ConvWorkload(batch, shape[1], h, w, layer.k, r, r, padding=(p, p, p, p))
+            h, w = (h // 2, w // 2) if layer.pool else (h, w)
+        else:
+            out[layer.name] = DenseWorkload(batch, shape[1], shape[0])
+    return out
 
 
 def to_onnx(spec: Spec, arrays: Mapping[str, Array], image: tuple[int, int, int], *, name: str = "net") -> Any:

@@ -163,10 +163,11 @@ class Pruner:
         layer.rule = Rule(mask=~layer.drop, lr_mult=layer.rule.lr_mult)
         layer.copy = None
 
-    def release(self, name: str, weights: Array | None = None) -> None:
-        """Suspend the layer's rule; with ``weights`` also put those back."""
+    def release(self, name: str, weights: Array | None = None, rule: Rule | None = None) -> None:
+        """End the layer's rule, or put ``rule`` in its place; with ``weights`` also put those back."""
         layer = self._known(name)
-        layer.off, layer.drop, layer.copy = True, None, None
+        layer.off, layer.frozen, layer.drop, layer.copy, layer.before = rule is None, False, None, None, None
+        layer.rule = layer.rule if rule is None else rule
         if weights is not None:
             np.copyto(self.parameters[name], weights)
 

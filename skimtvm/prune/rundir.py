@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import re
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ class Config:
     for one that fits the number of steps; ``steer``: correct it on the way so that the sparsity is reached.
     ``sparsity``: what the pruning phase ends with at least, over all weights (for the winograd method: over the
     Winograd-domain weights). ``start``: run directory whose dense weights to begin with instead of training.
+    ``guide``: the machine by which guided pruning decides on the layers (see guide.Machine; {} is the built-in model),
+    None to prune all of them; then ``sparsity`` is how far a layer is thought to get.
     """
 
     data: str = "fashion"
@@ -51,6 +54,7 @@ class Config:
     threads: int = 2
     seed: int = 0
     start: str | None = None
+    guide: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "epochs", tuple(self.epochs))
@@ -62,6 +66,8 @@ class Config:
             raise InvalidOption(f"sparsity is {self.sparsity}; give a share of zeros from 0 to below 1")
         if len(self.epochs) != 3 or min(self.epochs) < 0:
             raise InvalidOption(f"epochs are {self.epochs}; give three whole numbers: dense, prune, fine-tune")
+        if self.guide is not None and self.method in ("dense", "winograd"):
+            raise InvalidOption(f"guided pruning drives l1, surgery, ista, group and ramp, not {self.method}")
         if min(self.batch, self.threads, self.block) < 1:
             raise InvalidOption("batch, threads and block must be at least 1")
 
@@ -81,6 +87,10 @@ class Config:
                 continue
             if field.name == "start":
                 parts.append("from_dense")
+                continue
+            if field.name == "guide":
+                digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+                parts.append(f"guided_{digest[:8]}" if value else "guided")
                 continue
             text = "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
             if isinstance(value, float):

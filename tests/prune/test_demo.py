@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 from skimtvm.errors import EnvironmentProblem, InvalidOption
-from skimtvm.prune import TrainingDiverged, datasets, demo, weights
+from skimtvm.prune import TrainingDiverged, datasets, demo, nets, weights
 from skimtvm.prune.rundir import METHODS, Config, read_metrics
 
 from .conftest import PACKAGE, start
@@ -130,6 +130,56 @@ def test_killed_and_resumed_is_bit_for_bit_the_same(network, idx_folder, tmp_pat
     assert read_metrics(tmp_path / "killed")[-1]["accuracy"] == expected.accuracy
 
 
+class Killed(Exception):
+    pass
+
+
+def interrupted(c, folder, every):
+    """Train, killed after each ``every`` reports of progress and started again, until it ends; how often that was."""
+    for times in range(100):
+        left = every
+
+        def progress(*_):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise Killed
+
+        try:
+            demo.train(c, folder, progress=progress, checkpoint_every=3)
+            return times
+        except Killed:
+            continue
+    return pytest.fail("it does not end")
+
+
+@pytest.mark.parametrize("method", ["ramp", "l1", "nothing"])
+def test_guided_run_leaves_restores_and_resumes(method, idx_folder, tmp_path):
+    """fc2 does not gain on this machine; without a penalty fc1 does not get there either."""
+    options = {"method": "l1", "decay": 0.0, "steer": False} if method == "nothing" else {"method": method}
+    c = config(idx_folder, sparsity=0.9, guide={"alpha": {"fc2": 50.0}, "bandwidth": 1e12}, **options)
+    result = demo.train(c, tmp_path / "straight")
+    assert result.guide["fc2"].startswith("leave dense") and result.layers["fc2"] < 0.01
+    if method == "nothing":
+        assert result.guide["fc1"].startswith("restored: settled") and result.sparsity < 0.01
+        assert result.pruned_sparsity == 0
+    else:
+        assert set(result.guide) == {"fc2"} and result.layers["fc1"] == pytest.approx(0.9, abs=0.02)
+    assert read_metrics(tmp_path / "straight")[-1]["guide"] == result.guide
+    assert interrupted(c, tmp_path / "killed", 50) > 3
+    a, b = contents(tmp_path / "straight"), contents(tmp_path / "killed")
+    assert [n for n in a if a[n] != b[n]] == [] and a.keys() == b.keys()
+
+
+@needs_torch
+def test_guided_run_stops_at_the_ceiling(idx_folder, tmp_path):
+    """On this machine memory bounds the 5x5 layer below a density of about 0.3."""
+    c = small(idx_folder, method="l1", sparsity=0.95, guide={"bandwidth": 4.8e9})
+    result = demo.train(c, tmp_path / "r")
+    assert result.guide["conv2_5x5"] == "stop: 2.0x, bound by memory below density 0.295"
+    assert result.layers["conv2_5x5"] == pytest.approx(0.7, abs=0.05) and result.layers["conv3_3x3"] > 0.8
+
+
 def test_a_finished_run_is_not_run_again(idx_folder, tmp_path):
     c = config(idx_folder)
     demo.train(c, tmp_path / "r")
@@ -152,7 +202,7 @@ def test_starting_from_a_dense_run(idx_folder, tmp_path):
 
 def test_nan_stops_and_leaves_the_last_checkpoint(idx_folder, tmp_path, monkeypatch):
     c = config(idx_folder)
-    original, calls = demo.NumpyNet.gradients, []
+    original, calls = nets.NumpyNet.gradients, []
 
     def poisoned(self, x, labels):
         loss, gradients = original(self, x, labels)
@@ -162,7 +212,7 @@ def test_nan_stops_and_leaves_the_last_checkpoint(idx_folder, tmp_path, monkeypa
         return loss, gradients
 
     with monkeypatch.context() as patch:
-        patch.setattr(demo.NumpyNet, "gradients", poisoned)
+        patch.setattr(nets.NumpyNet, "gradients", poisoned)
         with pytest.raises(TrainingDiverged, match=r"prune epoch 1: layer 'fc2': .*checkpoint: .*checkpoint\.npz"):
             demo.train(c, tmp_path / "r")
     saved = (tmp_path / "r" / "checkpoint.npz").read_bytes()
@@ -188,6 +238,9 @@ def test_run_directory_of_another_configuration(idx_folder, tmp_path):
     [({"method": "magic"}, "choose one of dense"), ({"sparsity": 1.0}, "from 0 to below 1"),
      ({"network": "vgg"}, "choose one of cnn"),
      ({"epochs": (1, 2)}, "three whole numbers"), ({"network": "small", "solver": "numpy"}, "use --network mlp"),
+     ({"method": "winograd", "network": "small", "solver": "torch", "guide": {}}, "not winograd"),
+     ({"guide": {"csr": 100.0, "bandwidth": 1e12}}, "no layer would be faster"),
+     ({"guide": {"csr": -1}}, "give a number above 0"),
      ({"batch": 5000}, "only 960 images"), ({"solver": "caffe"}, "torch or numpy")],
     ids=str,
 )  # fmt: skip
@@ -199,6 +252,8 @@ def test_bad_options(options, text, idx_folder, tmp_path):
 def test_names_are_readable_and_differ():
     assert Config().name == "fashion-cnn-l1-seed_0"
     assert Config(seed=3, lr=0.1, epochs=(1, 2, 3)).name == "fashion-cnn-l1-epochs_1+2+3-lr_0.1-seed_3"
+    guided = [Config(guide=g).name for g in ({}, {"csr": 1.5}, {"csr": 1.6})]
+    assert guided[0] == "fashion-cnn-l1-guided-seed_0" and len(set(guided)) == 3
     assert "/" not in Config(data="/some/where/else").name
 
 
@@ -252,6 +307,10 @@ def test_command_line_end_to_end(skim, idx_folder, tmp_path):
     code, out, err = skim(*arguments, "--json")
     assert code == 0, err
     run = Path(json.loads(out)["run"])
+    alphas = tmp_path / "alphas.json"
+    alphas.write_text(json.dumps({"alpha": {"fc2": 50.0}, "bandwidth": 1e12}))
+    code, out, err = skim(*arguments, "--alphas", alphas)
+    assert code == 0 and "guided_" in out and "leave dense: " in out, err
     assert run.parent == tmp_path / "runs" and "numpy" in run.name
     assert {"config.json", "metrics.jsonl", "model.onnx", "checkpoint.npz"} <= {p.name for p in run.iterdir()}
     code, out, err = skim("plot", run)
@@ -273,7 +332,8 @@ def test_command_line_end_to_end(skim, idx_folder, tmp_path):
     [(["plot", "."], 2, "metrics.jsonl"), (["prune", "no.onnx", "-o", "x.onnx", "--sparsity", "0.5"], 3, "no such file"),
      (["prune", "no.onnx", "-o", "x.txt", "--sparsity", "0.5"], 2, "must end in .onnx"),
      (["train-demo", "--epochs", "3"], 2, "8+4+5"),
-     (["train-demo", "--data", "nowhere", "--solver", "numpy"], 2, "neither a folder")],
+     (["train-demo", "--data", "nowhere", "--solver", "numpy"], 2, "neither a folder"),
+     (["train-demo", "--alphas", "none.json"], 2, "alpha table 'none.json' cannot be read")],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )  # fmt: skip
 def test_command_line_errors(arguments, code, text, tmp_path, monkeypatch):

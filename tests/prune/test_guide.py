@@ -26,6 +26,11 @@ def test_projection_is_the_formula():
     both = 1.8 * p.ceiling * c / 100e9, (activations + 2 * p.ceiling * weights) / 20e9
     assert both[0] == pytest.approx(both[1]) and 0 < p.ceiling < p.break_even
     assert p.worth and p.target == max(0.05, p.ceiling)
+    # Half the bytes of a dense layer, if each stored weight has as many again for its index.
+    fc = Guide({"fc": FC}, machine).project("fc", 0.25)
+    assert fc.dense_time == pytest.approx(4 * (4096 * 1000 + 5096) / 20e9)
+    assert fc.sparse_time == pytest.approx(4 * (2 * 0.25 * 4096 * 1000 + 5096) / 20e9)
+    assert fc.break_even == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(
@@ -52,6 +57,14 @@ def test_alpha_tables(tmp_path):
         machine = Machine.load(source)
         assert [machine.alpha_of(n) for n in ("conv", "res1", "res2")] == [2.5, 1.4, 1.2]
         assert machine.alpha_of("conv", "bsr4") == 1.15 and machine.flops == 5e10
+    rows = [{"kernel_name": k, "alpha": a, "macs": 5e8, "dense": {"median_ms": 10.0}, "bandwidth_gbs": 20.0}
+            for k, a in (("csr", 1.5), ("csr", 1.7), ("bsr4", 1.2), ("dense", 9.0))]  # fmt: skip
+    machine = Machine.load({"schema": 1, "layers": rows})
+    assert machine.alpha == {"csr": 1.6, "bsr4": 1.2, "bsr8": 1.1, "bsr16": 1.1}
+    assert (machine.flops, machine.bandwidth) == (1e11, 2e10)
+    for bad in ({"schema": 1, "layers": rows[3:]}, {"schema": 1, "layers": [{"alpha": 1, "kernel_name": "csr"}]}):
+        with pytest.raises(InvalidOption, match="alpha table: the benchmark"):
+            Machine.load(bad)
     for bad in ({"csr": 0}, {"csr": "fast"}, {"flops": -1}, {"alpha": 3}, tmp_path / "none.json"):
         with pytest.raises(InvalidOption, match="alpha table"):
             Machine.load(bad)
