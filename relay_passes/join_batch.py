@@ -85,13 +85,13 @@ def join(
                         bb.emit(relax.op.reshape(bb.emit(relax.call_tir(take, [flat, which], out_ty=ty)), shape_of(p)))
                     )
                     calls.append(copy)
-                one = bb.emit(relax.op.reshape(_inline(bb, image, args, {}), (size,)))
+                one = bb.emit(relax.op.reshape(inline(bb, image, args, {}), (size,)))
                 calls.extend(reports[0][1])
                 out = bb.emit(relax.op.call_tir_inplace(put, [one, which, out], inplace_indices=[2], out_ty=whole))
                 calls.append(copy)
             value = bb.emit(relax.op.reshape(out, (batch, *result_shape[1:])))
             if second is not None:
-                value = _inline(bb, second["main"], [value], rename)
+                value = inline(bb, second["main"], [value], rename)
                 calls.extend(offset + c for c in reports[1][1])
             final = bb.emit_output(value)
         bb.emit_func_output(final)
@@ -102,7 +102,7 @@ def _batched(param: Any, batch: int) -> Any:
     return relax.Var(param.name, relax.TensorType((batch, *shape_of(param)[1:]), param.ty.dtype))
 
 
-def _inline(bb: relax.BlockBuilder, func: relax.Function, values: list[Any], rename: dict[Any, Any]) -> Any:
+def inline(bb: relax.BlockBuilder, func: relax.Function, values: list[Any], rename: dict[Any, Any]) -> Any:
     """Emit the bindings of ``func`` with its parameters bound to ``values``; functions are called by their new names."""
     mapping: dict[Any, Any] = dict(zip(func.params, values, strict=True))
     for block in func.body.blocks:

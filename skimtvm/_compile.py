@@ -89,7 +89,7 @@ def flags(options: Mapping[str, Any]) -> Iterator[str]:
         if value is None:
             continue
         if name not in _PAIRS:
-            yield f"{flag}={value}"
+            yield f"{flag}={','.join(map(str, value)) if isinstance(value, list | tuple) else value}"
             continue
         for key, item in value.items() if isinstance(value, Mapping) else value:
             yield f"{flag}={key}={item if isinstance(item, str) else ','.join(map(str, item))}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 import shlex
 import shutil
@@ -196,16 +197,30 @@ def _check(m: Manifest) -> None:
         *m.features,
         *m.warnings,
     ]
-    numbers = [*m.calls]
+    numbers = [*m.calls, *m.batches, *(n for v in m.variants for n in (v.batch, *v.calls))]
     for spec in (*m.inputs, *m.outputs):
         texts += [spec.name, spec.dtype]
         numbers += spec.shape
-    for layer in m.layers:
+    for layer in (*m.layers, *(layer for v in m.variants for layer in v.layers)):
         texts += [layer.name, layer.op, layer.workload, layer.kernel, layer.reason, layer.epilogue, layer.symbol]
         numbers += [layer.macs, layer.nnz, layer.weights, layer.stored_bytes]
     if not all(isinstance(t, str) for t in texts) or not all(type(n) is int and n >= 0 for n in numbers):
         raise ValueError
-    if any(k >= len(m.layers) for k in m.calls):
+    tables = [(m.layers, m.calls), *((v.layers, v.calls) for v in m.variants)]
+    if any(k >= len(layers) for layers, calls in tables for k in calls):
+        raise ValueError
+    _check_batches(m)
+
+
+def _check_batches(m: Manifest) -> None:
+    if [v.batch for v in m.variants] != list(m.batches[:-1]) or len(m.seconds) != len(m.batches):
+        raise ValueError
+    if not m.batches:
+        return
+    firsts = {spec.shape[0] for spec in (*m.inputs, *m.outputs)}
+    if not m.inputs or firsts != {m.batches[-1]} or list(m.batches) != sorted({*m.batches} - {0}):
+        raise ValueError
+    if not all(isinstance(s, float) and 0 < s < math.inf for s in m.seconds):
         raise ValueError
 
 

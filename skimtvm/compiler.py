@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,20 +13,23 @@ from typing import Any
 import tvm
 
 from . import pipeline
-from .errors import InternalError, InvalidOption, SkimError
+from .batching import estimate
+from .errors import InternalError, InvalidModel, InvalidOption, SkimError
 from .importer import ImportedModel, load_model
-from .report import Manifest
-from .target import resolve
+from .relay_passes.join_sizes import join_sizes
+from .report import Manifest, Variant
+from .target import CpuTarget, resolve
 
 
 @dataclass(frozen=True)
 class CompileOptions:
-    """``sparse_threshold``: a layer of at most this density runs sparse (default: the cost model decides);
+    """``batch``: first dimension of every input, or several of them for a module that takes any number of images;
+    ``sparse_threshold``: a layer of at most this density runs sparse (default: the cost model decides);
     ``force``: (layer, kernel) pairs; ``dump_ir``: directory for the module after each phase; ``tolerance``: largest
     relative error, against the largest activation, that a kernel may trade for speed."""
 
     target: str = "auto"
-    batch: int | None = None
+    batch: int | tuple[int, ...] | None = None
     input_shapes: tuple[tuple[str, tuple[int, ...]], ...] = ()
     sparse_threshold: float | None = None
     force: tuple[tuple[str, str], ...] = ()
@@ -33,10 +37,20 @@ class CompileOptions:
     tolerance: float = 1e-4
 
     def __post_init__(self) -> None:
+        if self.batch is not None:
+            sizes = [self.batch] if isinstance(self.batch, int) else sorted(set(self.batch))
+            if not sizes or not all(type(n) is int and n > 0 for n in sizes):
+                raise InvalidOption(f"batch {self.batch!r}: give a whole number from 1, or several of them")
+            object.__setattr__(self, "batch", sizes[0] if len(sizes) == 1 else tuple(sizes))
         if self.sparse_threshold is not None and not 0 <= self.sparse_threshold <= 1:
             raise InvalidOption(f"sparse threshold {self.sparse_threshold} is no density; choose a value from 0 to 1")
         if not self.tolerance > 0:
             raise InvalidOption(f"tolerance {self.tolerance} must be positive, for example 1e-4")
+
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """The batch sizes of a module with several, ascending; otherwise empty."""
+        return self.batch if isinstance(self.batch, tuple) else ()
 
     def record(self) -> dict[str, object]:
         """What the manifest keeps: everything that changes the code."""
@@ -62,25 +76,24 @@ def compile_model(
     options = options or CompileOptions()
     step = progress or (lambda phase, fraction: None)
     cpu = resolve(options.target)
-    step("import", 0.0)
-    model = load_model(source, input_shapes=dict(options.input_shapes) or None, batch=options.batch)
     try:
-        lowered = pipeline.run(
-            model.mod,
-            cpu,
-            single=_single(source, model, options),
-            threshold=options.sparse_threshold,
-            force=dict(options.force),
-            dump_dir=options.dump_ir,
-            progress=step,
-        )
+        lowered = [_lower(source, options, cpu, batch, step) for batch in options.batches or (options.batch,)]
+        model, last = lowered[-1]
+        mod = last.mod
+        if options.batches:
+            if any(m.sha256 != model.sha256 for m, _ in lowered):
+                raise InvalidModel(f"model {model.name} changed while it was being compiled; compile it again")
+            names = [
+                "main" if low is last else f"main_{n}" for n, (_, low) in zip(options.batches, lowered, strict=True)
+            ]
+            mod = join_sizes({name: low.mod for name, (_, low) in zip(names, lowered, strict=True)})
         step("generate code", 0.5)
-        executable = build(lowered.mod, cpu.tvm())
+        executable = build(mod, cpu.tvm())
     except SkimError:
         raise
     except Exception as e:  # TVM raises many types; a user sees one line
         first = next((line for line in reversed(str(e).splitlines()) if line.strip()), type(e).__name__)
-        raise InternalError(f"compiling {model.name} failed: {first.strip()[:300]}") from e
+        raise InternalError(f"compiling {_name(source)} failed: {first.strip()[:300]}") from e
     from . import __version__
 
     manifest = Manifest(
@@ -90,16 +103,65 @@ def compile_model(
         features=cpu.features,
         inputs=model.inputs,
         outputs=model.outputs,
-        layers=lowered.layers,
-        calls=lowered.calls,
+        layers=last.layers,
+        calls=last.calls,
         model_sha256=model.sha256,
         model_name=model.name,
         options=options.record(),
         warnings=model.warnings,
+        batches=options.batches,
+        seconds=tuple(estimate(low.layers, len(low.calls)) for _, low in lowered) if options.batches else (),
+        variants=tuple(
+            Variant(n, low.layers, low.calls) for n, (_, low) in zip(options.batches[:-1], lowered, strict=False)
+        ),
         tools=_tools(),
     )
     step("done", 1.0)
     return Compiled(manifest, executable)
+
+
+def _lower(
+    source: Any,
+    options: CompileOptions,
+    cpu: CpuTarget,
+    batch: int | tuple[int, ...] | None,
+    step: Callable[[str, float], None],
+) -> tuple[ImportedModel, pipeline.Lowered]:
+    """Import the network and lower it, at one batch size."""
+    assert not isinstance(batch, tuple)
+    several = len(options.batches)
+    done = options.batches.index(batch) if several and batch else 0
+
+    def part(phase: str, fraction: float) -> None:  # lowering all sizes is the first half of the bar
+        label = f"{phase}, batch {batch}" if several else phase
+        step(label, (0.5 * done + min(fraction, 0.5)) / max(1, several))
+
+    part("import", 0.0)
+    shapes = dict(options.input_shapes)
+    if several and batch:
+        shapes = {name: (batch, *shape[1:]) for name, shape in shapes.items()}
+    model = load_model(source, input_shapes=shapes or None, batch=batch)
+    single = _single(source, model, options)
+    if several and single is None and batch != 1:
+        raise InvalidOption(
+            f"--batch {','.join(map(str, options.batches))}: the inputs and outputs of {model.name} do not all carry "
+            "the batch as their first dimension; give one size"
+        )
+    dump = options.dump_ir / f"batch_{batch}" if several and options.dump_ir is not None else options.dump_ir
+    return model, pipeline.run(
+        model.mod,
+        cpu,
+        single=single,
+        keep_apart=several > 0,
+        threshold=options.sparse_threshold,
+        force=dict(options.force),
+        dump_dir=dump,
+        progress=part,
+    )
+
+
+def _name(source: Any) -> str:
+    return Path(source).name if isinstance(source, str | os.PathLike) else "the model"
 
 
 def _tools() -> dict[str, str]:

@@ -24,6 +24,7 @@ from .relay_passes.join_batch import join
 from .relay_passes.layers import read_layer
 from .relay_passes.legalize_rest import legalize_rest
 from .relay_passes.lower_layers import LowerLayers
+from .relay_passes.per_image import mixing
 from .relay_passes.split_batch import compare, find_cut, halves
 from .relay_passes.verify import verify_lowered
 from .report import LayerRecord
@@ -96,6 +97,7 @@ def run(
     target: CpuTarget,
     *,
     single: tvm.IRModule | None = None,
+    keep_apart: bool = False,
     threshold: float | None = None,
     force: dict[str, str] | None = None,
     dump_dir: Path | None = None,
@@ -104,7 +106,8 @@ def run(
     """Imported module -> lowered module with its report.
 
     ``single``: the same network imported at batch 1, when ``mod`` has a larger batch; its first layers may then run image
-    by image (``split_batch``).
+    by image (``split_batch``). ``keep_apart``: raise InvalidOption unless the images of a batch are known to be
+    independent of each other.
     """
     step, dump = progress or (lambda phase, fraction: None), _Dump(dump_dir)
     dump("import", mod)
@@ -113,6 +116,13 @@ def run(
     simplify = tvm.transform.Sequential(simplify_passes())
     mod = simplify(mod)
     dump("simplify", mod)
+    if single is not None:
+        single = simplify(single)
+        batch = shape_of(mod["main"].params[0])[0]
+        if why := mixing(single, mod, batch):
+            if keep_apart:
+                raise InvalidOption(f"--batch: several sizes need images that do not touch, but {why}; give one size")
+            single = None
     # 2. layers: a convolution, dense layer or element-wise chain with its epilogue becomes one function
     step("fuse", 0.15)
     whole = _fuse(mod, gates=True)
@@ -120,7 +130,7 @@ def run(
     # 3. sparse or dense, layer by layer
     choices = choose_kernels(whole, threshold, force or {})
     if single is not None:
-        parts = _split(mod, simplify(single), target, choices)
+        parts = _split(mod, single, target, choices)
         if parts is not None:
             first, second, batch, reason = parts
             step("lower", 0.2)

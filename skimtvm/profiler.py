@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from .errors import InternalError, InvalidOption
-from .report import LayerRecord, TensorSpec
-from .runtime import Module, as_tensor, load
+from .errors import InputMismatch, InternalError, InvalidOption
+from .report import LayerRecord, Manifest, TensorSpec
+from .runtime import Module, as_tensor, describe, load
 from .tvm_runtime import check_threads, with_threads
 
 AGREEMENT = 0.10  # the layers' times must add up to the time of an unprofiled run within this
@@ -190,8 +190,11 @@ def profile(
     repeat: int = 20,
     warmup: int = 3,
     threads: int | None = None,
+    batch: int | None = None,
 ) -> Profile:
     """Time every layer of ``module`` (``feeds`` as for ``Module.run``; None: seeded random input).
+
+    ``batch``: which of the module's ``batches`` (None: the largest); ``feeds`` hold exactly that many images.
 
     Instrumented runs alternate with plain ones. Raises InternalError if the module does not execute the kernel calls
     that its manifest lists.
@@ -199,9 +202,13 @@ def profile(
     if not isinstance(module, Module):
         module = load(module)
     count = check_threads(module.threads if threads is None else threads)
-    tensors = [as_tensor(a) for a in module.bind(random_feeds(module.inputs) if feeds is None else feeds)]
-    _, main = module.new_vm()
-    instrumented, main_timed = module.new_vm()
+    manifest = _manifest(module, batch)
+    arrays = module.bind(random_feeds(manifest.inputs) if feeds is None else feeds)
+    if any(a.shape != s.shape for a, s in zip(arrays, manifest.inputs, strict=True)):
+        raise InputMismatch(f"a profile needs exactly {describe(manifest.inputs)}; feed such arrays or none")
+    tensors = [as_tensor(a) for a in arrays]
+    _, main = module.new_vm(batch)
+    instrumented, main_timed = module.new_vm(batch)
     runs: list[_Run] = []
 
     def timed_run() -> None:
@@ -215,7 +222,7 @@ def profile(
         return overhead, measure(functions, repeat=repeat, warmup=warmup)["plain"]
 
     overhead, total = with_threads(count, work)
-    layers = _layers(module, runs[warmup:], overhead)
+    layers = _layers(module, manifest, runs[warmup:], overhead)
     return Profile(module.manifest.model_name, module.manifest.target, count, total, layers, overhead)
 
 
@@ -268,8 +275,16 @@ def _callback_overhead(vm: Any, run: Callable[[], object]) -> float:
     return min((statistics.median(t) for t in intervals.values()), default=0) * 1e-9
 
 
-def _layers(module: Module, runs: Sequence[_Run], overhead: float) -> tuple[LayerTime, ...]:
-    manifest = module.manifest
+def _manifest(module: Module, batch: int | None) -> Manifest:
+    if batch is None:
+        return module.manifest
+    if batch not in (module.batches or {s.shape[0] for s in module.inputs if s.shape}):
+        sizes = ", ".join(map(str, module.batches)) or f"only the shapes {describe(module.inputs)}"
+        raise InvalidOption(f"module '{module.path}' does not hold batch {batch}; it holds {sizes}")
+    return module.manifest.at(batch)
+
+
+def _layers(module: Module, manifest: Manifest, runs: Sequence[_Run], overhead: float) -> tuple[LayerTime, ...]:
     for run in runs:
         if len(run.starts) != len(manifest.calls) or len(run.ends) != len(manifest.calls):
             raise InternalError(

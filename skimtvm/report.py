@@ -51,6 +51,19 @@ class TensorSpec:
     shape: tuple[int, ...]
     dtype: str
 
+    def with_batch(self, batch: int) -> TensorSpec:
+        """The same with another first dimension."""
+        return dataclasses.replace(self, shape=(batch, *self.shape[1:]))
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The network at one more batch size: ``layers`` and ``calls`` as in the manifest."""
+
+    batch: int
+    layers: tuple[LayerRecord, ...]
+    calls: tuple[int, ...]
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -70,7 +83,27 @@ class Manifest:
     model_name: str
     options: dict[str, object] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    # A module that holds several batch sizes: all of them, ascending; the estimated seconds of a run of each; and what
+    # differs from the rest of the manifest, which describes the largest, at each of the others.
+    batches: tuple[int, ...] = ()
+    seconds: tuple[float, ...] = ()
+    variants: tuple[Variant, ...] = ()
     tools: dict[str, str] = field(default_factory=dict)  # versions that decide the module's bytes, by name
+
+    def at(self, batch: int) -> Manifest:
+        """The manifest as that of a module for ``batch`` alone, which must be one of ``batches``."""
+        one = dataclasses.replace(self, batches=(), seconds=(), variants=())
+        for v in self.variants:
+            if v.batch == batch:
+                inputs, outputs = ([s.with_batch(batch) for s in specs] for specs in (self.inputs, self.outputs))
+                one = dataclasses.replace(
+                    one, layers=v.layers, calls=v.calls, inputs=tuple(inputs), outputs=tuple(outputs)
+                )
+        return one
+
+    def function(self, batch: int | None = None) -> str:
+        """Name in the module of the function that runs ``batch`` images (None: the only or the largest batch)."""
+        return "main" if batch is None or not self.batches or batch == self.batches[-1] else f"main_{batch}"
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), separators=(",", ":"), ensure_ascii=False)
@@ -82,6 +115,11 @@ class Manifest:
         raw["calls"] = tuple(raw["calls"])
         raw["warnings"] = tuple(raw["warnings"])
         raw["layers"] = tuple(LayerRecord(**layer) for layer in raw["layers"])
+        raw["batches"], raw["seconds"] = tuple(raw.get("batches", ())), tuple(raw.get("seconds", ()))
+        raw["variants"] = tuple(
+            Variant(v["batch"], tuple(LayerRecord(**layer) for layer in v["layers"]), tuple(v["calls"]))
+            for v in raw.get("variants", ())
+        )
         for key in ("inputs", "outputs"):
             raw[key] = tuple(TensorSpec(t["name"], tuple(t["shape"]), t["dtype"]) for t in raw[key])
         return Manifest(**raw)

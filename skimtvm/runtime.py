@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from .artifact import quiet_tvm, read_manifest
+from .batching import pieces, plan
 from .errors import (
     EnvironmentProblem,
     IncompatibleTarget,
@@ -117,8 +118,8 @@ class Module:
         self.threads = threads
         self._library = library
         # A VM runs one call at a time: each run takes an idle one, or makes one (0.1 ms, no copy of the weights).
-        self._idle: deque[tuple[Any, Callable[..., Any]]] = deque()
-        self._give_back(self._take())
+        self._idle: deque[Any] = deque()
+        self._idle.append(self.new_vm()[0])
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -128,6 +129,12 @@ class Module:
     def outputs(self) -> tuple[TensorSpec, ...]:
         return self.manifest.outputs
 
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """The batch sizes that were compiled, ascending, if there are several: such a module runs any number of images,
+        and ``inputs`` and ``outputs`` have the shapes of the largest. Empty if it takes exactly those shapes."""
+        return self.manifest.batches
+
     def __repr__(self) -> str:
         return f"Module({str(self.path)!r}, {describe(self.inputs)} -> {describe(self.outputs)})"
 
@@ -135,13 +142,25 @@ class Module:
         """Run the network on ``feeds``, a mapping from input name to array, or one array if there is one input.
 
         An array is a NumPy array or a CPU tensor that speaks DLPack, C-contiguous, with exactly the shape and dtype
-        of the input. It is used in place if it starts at a multiple of 64 bytes and may be written to; otherwise it
-        is copied. Returns arrays by output name, which stay valid and belong to the caller. Raises InputMismatch.
+        of the input; in a module of several ``batches`` the first dimension may be any number of images, the same for
+        all inputs, which run in the sizes of ``batching.plan``. It is used in place if it starts at a multiple of 64
+        bytes and may be written to; otherwise it is copied. Returns arrays by output name, which stay valid and belong
+        to the caller. Raises InputMismatch.
         """
         count = check_threads(self.threads if threads is None else threads)
         arrays = self.bind(feeds)
+        if not self.batches:
+            return self._run_one(arrays, None, count)
+        images = arrays[0].shape[0]
+        sizes = plan(images, self.batches, self.manifest.seconds)
+        parts = [self._run_one(some, size, count) for size, some in pieces(arrays, sizes)]
+        if len(parts) == 1:
+            return {name: array[:images] for name, array in parts[0].items()}
+        return {spec.name: np.concatenate([p[spec.name] for p in parts])[:images] for spec in self.outputs}
+
+    def _run_one(self, arrays: Sequence[np.ndarray], batch: int | None, threads: int) -> dict[str, np.ndarray]:
         tensors = [as_tensor(a) for a in arrays]
-        result = with_threads(count, lambda: self._invoke(tensors))
+        result = with_threads(threads, lambda: self._invoke(tensors, self.manifest.function(batch)))
         return self._unpack(result, arrays)
 
     def bind(self, feeds: Any) -> list[np.ndarray]:
@@ -161,35 +180,38 @@ class Module:
         for spec in self.inputs:
             if spec.name not in feeds:
                 raise InputMismatch(f"input '{spec.name}' is missing; feed {describe([spec])}")
-        return [check_array(spec, feeds[spec.name]) for spec in self.inputs]
+        if not self.batches:
+            return [check_array(spec, feeds[spec.name]) for spec in self.inputs]
+        first = _to_numpy(self.inputs[0], feeds[self.inputs[0].name])
+        images = first.shape[0] if first.ndim else 0
+        if not images:
+            raise InputMismatch(f"input '{self.inputs[0].name}': got no images; feed {describe(self.inputs)}, or fewer")
+        return [check_array(spec.with_batch(images), feeds[spec.name]) for spec in self.inputs]
 
-    def new_vm(self) -> tuple[Any, Callable[..., Any]]:
-        """A virtual machine of its own over the shared library, and its ``main``."""
+    def new_vm(self, batch: int | None = None) -> tuple[Any, Callable[..., Any]]:
+        """A virtual machine of its own over the shared library, and its function for ``batch`` (None: the largest)."""
         tvm = import_tvm()
         from tvm.runtime.vm import VirtualMachine
 
         vm = VirtualMachine(self._library, tvm.cpu())
-        return vm, vm["main"]
+        return vm, vm[self.manifest.function(batch)]
 
-    def _take(self) -> tuple[Any, Callable[..., Any]]:
+    def _take(self) -> Any:
         try:
             return self._idle.pop()
         except IndexError:
-            return self.new_vm()
+            return self.new_vm()[0]
 
-    def _give_back(self, vm: tuple[Any, Callable[..., Any]]) -> None:
-        self._idle.append(vm)
-
-    def _invoke(self, tensors: Sequence[Any]) -> Any:
+    def _invoke(self, tensors: Sequence[Any], function: str) -> Any:
         vm = self._take()
         try:
-            result = vm[1](*tensors)
+            result = vm[function](*tensors)
         except SkimError:
             raise
         except Exception as e:  # the VM is in an unknown state: dropped
             reason = str(e).strip().splitlines()
             raise InternalError(f"module '{self.path}' failed while running: {reason[-1] if reason else e}") from e
-        self._give_back(vm)
+        self._idle.append(vm)
         return result
 
     def _unpack(self, result: Any, arrays: Sequence[np.ndarray]) -> dict[str, np.ndarray]:

@@ -45,6 +45,19 @@ class ShapePair(Pair):
         return name, shape
 
 
+class Batches(click.ParamType):
+    """``4`` or ``1,4,16``."""
+
+    name = "N[,N...]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | tuple[int, ...]:
+        words = str(value).split(",")
+        if not all(w.strip().isdecimal() and int(w) > 0 for w in words):
+            self.fail(f"'{value}': give a whole number from 1, or several as in 1,4,16", param, ctx)
+        sizes = tuple(int(w) for w in words)
+        return sizes[0] if len(sizes) == 1 else sizes
+
+
 class Threads(click.ParamType):
     """A thread count, checked by the runtime's rule."""
 

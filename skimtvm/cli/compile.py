@@ -10,14 +10,18 @@ from typing import Any
 
 import click
 
-from ._common import LAYER_COLUMNS, Pair, ShapePair, file_size, layer_rows, print_table, summary
+from ._common import LAYER_COLUMNS, Batches, Pair, ShapePair, file_size, layer_rows, print_table, summary
 
 
 @click.command("compile", short_help="Compile an ONNX model to a .so.")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The module to write (.so).")
 @click.option("--target", default="auto", show_default=True, help="LLVM CPU name, or auto for this machine.")
-@click.option("--batch", type=click.IntRange(min=1), help="Value of a free first dimension of the inputs.")
+@click.option(
+    "--batch",
+    type=Batches(),
+    help="First dimension of the inputs; several (1,4,16) make a module that takes any number of images.",
+)
 @click.option(
     "--input-shape",
     "input_shapes",
@@ -61,7 +65,8 @@ def compile_command(model: Path, output: Path, explain: bool, overwrite: bool, q
         print(f"skimtvm: warning: {' '.join(warning.split())}", file=sys.stderr)
     if explain:
         print_table(LAYER_COLUMNS, layer_rows(manifest.layers))
-    print(f"{output}: {summary(manifest)}, target {manifest.target}, {file_size(output)}")
+    batches = f"batches {', '.join(map(str, manifest.batches))}, " if manifest.batches else ""
+    print(f"{output}: {summary(manifest)}, {batches}target {manifest.target}, {file_size(output)}")
 
 
 @contextmanager

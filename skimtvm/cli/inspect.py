@@ -42,6 +42,9 @@ def _show_module(file: Path, as_json: bool) -> None:
         return
     print_table(LAYER_COLUMNS, layer_rows(manifest.layers))
     click.echo(f"model    {manifest.model_name} (sha256 {manifest.model_sha256})")
+    if manifest.batches:
+        largest = manifest.batches[-1]
+        click.echo(f"batches  {', '.join(map(str, manifest.batches))}; layers and shapes are those of {largest}")
     click.echo(f"inputs   {tensors(manifest.inputs)}")
     click.echo(f"outputs  {tensors(manifest.outputs)}")
     click.echo(f"target   {manifest.target}, needs {', '.join(manifest.features) or 'nothing special'}")

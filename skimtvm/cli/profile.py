@@ -16,13 +16,14 @@ if TYPE_CHECKING:
 @click.command("profile", short_help="Time the layers of a compiled module.")
 @click.argument("module", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--batch", type=click.IntRange(min=1), help="Which size of a module with several.  [default: largest]")
 @repeat_option
 @threads_option
-def profile_command(module: Path, as_json: bool, repeat: int, threads: int | None) -> None:
+def profile_command(module: Path, as_json: bool, batch: int | None, repeat: int, threads: int | None) -> None:
     """Time the layers of MODULE (.so) on random input."""
     from ..profiler import profile
 
-    result = profile(module, repeat=repeat, threads=threads)
+    result = profile(module, repeat=repeat, threads=threads, batch=batch)
     if as_json:
         click.echo(result.to_json())
         return
