@@ -230,7 +230,7 @@ def test_file_that_cannot_take_another_batch():
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
         [numpy_helper.from_array(np.int64([2, -1]), "s")],
     )
-    with pytest.raises(InvalidOption, match="give one size$"):
+    with pytest.raises(InvalidOption, match=r"give one size$"):
         compile_model(
             helper.make_model(fixed, opset_imports=[helper.make_opsetid("", 18)], ir_version=9),
             CompileOptions(batch=(2, 4), target="x86-64-v3"),
