@@ -238,15 +238,20 @@ def memory(report: Report) -> str:
 
 def update_readme(report: Report, readme: Path) -> None:
     """Replace what is between the markers of ``readme`` by the networks' table and its terms. Raises InvalidOption."""
-    try:
-        text = readme.read_text(encoding="utf-8")
-    except OSError as e:
-        raise InvalidOption(f"'{readme}' cannot be read: {e.strerror}; give --readme a file with {START}") from None
-    head, start, rest = text.partition(START)
-    _, end, tail = rest.partition(END)
-    if not start or not end:
-        raise InvalidOption(f"'{readme}' has no {START} ... {END}; add the two markers where the table belongs")
     if not report.networks:
         raise InvalidOption("the benchmark has no networks; run skimtvm bench with --networks first")
     block = "\n\n".join([networks(report), *(terms(t) for t in unique_terms(report.networks))])
-    write_text(readme, f"{head}{START}\n{block}\n{END}{tail}")
+    replace_between(readme, START, END, block)
+
+
+def replace_between(readme: Path, opening: str, closing: str, block: str) -> None:
+    """Put ``block`` between two markers of ``readme``. Raises InvalidOption if they are not there."""
+    try:
+        text = readme.read_text(encoding="utf-8")
+    except OSError as e:
+        raise InvalidOption(f"'{readme}' cannot be read: {e.strerror}; give a file with {opening}") from None
+    head, start, rest = text.partition(opening)
+    _, end, tail = rest.partition(closing)
+    if not start or not end:
+        raise InvalidOption(f"'{readme}' has no {opening} ... {closing}; add the two markers where the table belongs")
+    write_text(readme, f"{head}{opening}\n{block}\n{closing}{tail}")

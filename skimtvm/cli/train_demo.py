@@ -49,9 +49,7 @@ class Epochs(click.ParamType):
 @click.option("--limit", type=click.IntRange(min=1), help="Use the first so many training images.")
 @click.option("--threads", type=click.IntRange(1, 1024), help="Threads of PyTorch; part of the result.  [default: 2]")
 @click.option("--seed", type=click.IntRange(min=0), help="Of the weights and the order of the data.  [default: 0]")
-@click.option(
-    "--guided", is_flag=True, help="Prune only layers that gain, as far as they gain, by the model of the machine."
-)
+@click.option("--guided", is_flag=True, help="Prune only layers that gain, as far as they gain.")
 @click.option(
     "--alphas", help="JSON of the measured machine for --guided: alpha by layer or kernel, or of skimtvm bench."
 )

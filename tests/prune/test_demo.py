@@ -69,8 +69,8 @@ def test_numpy_network_without_torch(method, idx_folder, tmp_path):
 
 
 @needs_torch
-@pytest.mark.parametrize("method", ["l1", "group", "winograd"])
-def test_torch_network_compiles_to_the_same_predictions(method, idx_folder, tmp_path):
+@pytest.mark.parametrize("method", ["l1", "winograd"])
+def test_onnx_runtime_predicts_the_same_as_torch(method, idx_folder, tmp_path):
     ort = pytest.importorskip("onnxruntime")
     c = small(idx_folder, method=method, sparsity=0.8, epochs=(2, 2, 2), block=4)
     result = demo.train(c, tmp_path / "run")
