@@ -15,6 +15,7 @@ import numpy.typing as npt
 from ..errors import InvalidOption, SkimError
 from . import schedules
 from .masks import Mask, checked
+from .regularizers import Regularizer
 from .rules import Rule, assign, layer_name
 
 Array = npt.NDArray[Any]
@@ -54,19 +55,21 @@ class _Layer:
 class Pruner:
     """Regularizes, thresholds and masks the ``parameters`` (name -> array, changed in place) that ``rules`` name.
 
-    ``rules``: fnmatch pattern of layer names -> Rule, the first that fits wins. Call ``before_update`` when the
+    ``rules``: fnmatch pattern of layer names -> Rule (a Regularizer alone stands for a Rule with it), the first that fits
+    wins. Call ``before_update`` when the
     gradients are there, then any optimizer's step, then ``after_update``. Raises InvalidOption for a pattern without a
     layer, or a mask of the wrong shape.
     """
 
-    def __init__(self, parameters: Mapping[str, Array], rules: Mapping[str, Rule]) -> None:
+    def __init__(self, parameters: Mapping[str, Array], rules: Mapping[str, Rule | Regularizer]) -> None:
         for name, w in parameters.items():
             if not isinstance(w, np.ndarray) or w.dtype.kind != "f":
                 raise InvalidOption(f"parameter '{name}' is no floating-point array; leave it out")
             if not w.flags.writeable:
                 raise InvalidOption(f"parameter '{name}' is read-only; pass a copy")
         self.parameters = dict(parameters)
-        self.layers = {n: _Layer(n, self.parameters[n], rule) for n, rule in assign(self.parameters, rules).items()}
+        whole = {p: Rule(r) if isinstance(r, Regularizer) else r for p, r in rules.items()}
+        self.layers = {n: _Layer(n, self.parameters[n], rule) for n, rule in assign(self.parameters, whole).items()}
         self.step = 0
         for name in self.layers:
             self._mask(name)
@@ -112,8 +115,9 @@ class Pruner:
         if layer is not None and layer.reading == "gradient":
             layer.gradient = _copy_into(layer.gradient, gradient)
 
-    def after_update(self, lr: float, updates: Mapping[str, Array] | None = None) -> None:
-        """Shrink, threshold and mask. ``updates``: what was subtracted; by default the difference of the weights."""
+    def after_update(self, lr: float | Mapping[str, float], updates: Mapping[str, Array] | None = None) -> None:
+        """Shrink, threshold and mask. ``lr``: the learning rate, or one for each parameter; ``updates``: what was
+        subtracted, by default the difference of the weights."""
         for name, layer in self.layers.items():
             if layer.off:
                 continue
@@ -125,7 +129,8 @@ class Pruner:
                 layer.copy -= update
             if rule.regularizer is not None and rule.regularizer.proximal:
                 factor = schedules.at(rule.decay_factor, self.step)
-                rule.regularizer.scaled(factor).shrink(w, lr * rule.lr_mult)  # type: ignore[attr-defined]
+                rate = lr[name] if isinstance(lr, Mapping) else lr
+                rule.regularizer.scaled(factor).shrink(w, rate * rule.lr_mult)  # type: ignore[attr-defined]
             if rule.threshold is not None:
                 d = {"gradient": layer.gradient, "update": update}.get(layer.reading)
                 if layer.reading == "" or d is not None:

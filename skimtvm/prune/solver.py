@@ -13,6 +13,7 @@ import numpy as np
 
 from ..errors import InvalidOption
 from .pruner import Array, Pruner, State
+from .regularizers import Regularizer
 from .rules import Rule
 from .schedules import Schedule, at
 
@@ -27,7 +28,7 @@ class SGD:
     def __init__(
         self,
         parameters: Mapping[str, Array],
-        rules: Mapping[str, Rule] | None = None,
+        rules: Mapping[str, Rule | Regularizer] | None = None,
         *,
         lr: float | Schedule,
         momentum: float = 0.9,

@@ -25,6 +25,7 @@ from ..errors import EnvironmentProblem, InvalidOption
 from ..winograd import of_tile
 from . import pruner as core
 from . import solver
+from .regularizers import Regularizer
 from .rules import Rule, matching
 from .schedules import Schedule
 
@@ -71,7 +72,10 @@ class Pruner:
     """Rules for the layers of ``model``, around the step of any ``optimizer`` (only its learning rate is read)."""
 
     def __init__(
-        self, model: nn.Module, rules: Mapping[str, Rule], optimizer: torch.optim.Optimizer | None = None
+        self,
+        model: nn.Module,
+        rules: Mapping[str, Rule | Regularizer],
+        optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
         self.model, self.optimizer = model, optimizer
         self.core = core.Pruner(arrays(model), rules)
@@ -89,8 +93,12 @@ class Pruner:
     def after_step(self) -> None:
         """Threshold and mask."""
         self._refresh()
-        lr = 0.0 if self.optimizer is None else float(self.optimizer.param_groups[0]["lr"])
-        self.core.after_update(lr)
+        self.core.after_update(0.0 if self.optimizer is None else self._rates(self.optimizer))
+
+    def _rates(self, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+        """The learning rate of each parameter, 0 for those that the optimizer does not have."""
+        of = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
+        return {name: of.get(id(p), 0.0) for name, p in self.model.named_parameters()}
 
     def sparsity(self) -> dict[str, float]:
         return self.core.sparsity()
@@ -112,7 +120,7 @@ class SGD:
     def __init__(
         self,
         model: nn.Module,
-        rules: Mapping[str, Rule] | None = None,
+        rules: Mapping[str, Rule | Regularizer] | None = None,
         *,
         lr: float | Schedule,
         momentum: float = 0.9,

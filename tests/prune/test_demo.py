@@ -306,6 +306,7 @@ def test_command_line_end_to_end(skim, idx_folder, tmp_path):
     ]
     code, out, err = skim(*arguments, "--json")
     assert code == 0, err
+    assert not json.loads(out)["guide"]
     run = Path(json.loads(out)["run"])
     alphas = tmp_path / "alphas.json"
     alphas.write_text(json.dumps({"alpha": {"fc2": 50.0}, "bandwidth": 1e12}))
@@ -342,6 +343,18 @@ def test_command_line_errors(arguments, code, text, tmp_path, monkeypatch):
 
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == code and text in result.stderr, result.stderr
+
+
+def test_numpy_solver_where_torch_is_not_installed(idx_folder, tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('no torch here')\n")
+    command = [sys.executable, "-m", "skimtvm", "train-demo", "--data", idx_folder, "--solver", "numpy", "--batch", "32",
+               "--epochs", "1+1+1", "--runs", tmp_path / "runs", "--json"]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{PACKAGE}"}
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, check=True)
+    assert json.loads(done.stdout)["sparsity"] > 0.9
+    command[command.index("numpy")] = "torch"
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 8 and "needs PyTorch; install its CPU build" in done.stderr
 
 
 def test_help_imports_nothing_heavy():

@@ -92,6 +92,34 @@ def test_masked_weights_stay_exactly_zero(name):
         assert (ps["fc.weight"] == 0).mean() == pytest.approx(0.8 if name == "blocks" else 0.9, abs=0.02)
 
 
+def test_masked_weights_are_zero_in_the_exported_model_and_stay_so_when_it_is_trained_on(tmp_path):
+    from skimtvm.prune import nets, weights
+
+    spec, image = nets.NETWORKS["mlp"], (1, 4, 4)
+    net = nets.NumpyNet(spec, image, 0)
+    sgd = prune.SGD(net.parameters, {"*": prune.Rule(mask=prune.Mask(), sparsity=0.8)}, lr=0.1)
+    dead = {n: w == 0 for n, w in net.parameters.items() if w.ndim == 2}
+    assert all(d.mean() == pytest.approx(0.8, abs=1e-3) for d in dead.values())
+    for again in range(2):
+        for step in range(20):
+            sgd.step(gradients(net.parameters, 20 * again + step))
+        path = tmp_path / f"{again}.onnx"
+        path.write_bytes(nets.to_onnx(spec, net.parameters, image).SerializeToString())
+        read = weights.read(path)
+        for name, zero in dead.items():
+            mine = read[name.removesuffix(".weight")]
+            assert np.array_equal(mine == 0, zero) and np.array_equal(mine, net.parameters[name])
+            np.copyto(net.parameters[name], mine)
+        sgd = prune.SGD(net.parameters, {"fc*": prune.Rule(mask=prune.Mask())}, lr=0.1)  # the mask of what is zero
+
+
+def test_a_regularizer_alone_is_a_rule():
+    ps = {"conv1/3x3": np.ones((2, 2, 3, 3)), "fc6": np.ones((2, 2)), "conv1/1x1": np.ones((2, 2, 1, 1))}
+    sgd = prune.SGD(ps, {"*/3x3": prune.L1(0.5), "fc*": prune.L2(0.25)}, lr=1.0, momentum=0.0)
+    sgd.step({n: np.zeros_like(w) for n, w in ps.items()})
+    assert [float(w.max()) for w in ps.values()] == [0.5, 0.75, 1.0]
+
+
 def test_surgery_lets_weights_come_back():
     w = np.array([[0.5, 0.05, -0.05, 0.5]])
     ps = {"a.weight": w}

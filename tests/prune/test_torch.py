@@ -92,6 +92,18 @@ def test_three_lines_and_resume_bit_for_bit(name, optimizer, tmp_path):
         assert max(straight[2].sparsity().values()) > 0
 
 
+def test_ista_shrinks_by_the_rate_of_its_parameter_group():
+    model = net()
+    opt = torch.optim.SGD([{"params": [model[0].weight], "lr": 0.5}, {"params": [model[5].weight], "lr": 0.1}])
+    pruner = adaptor.Pruner(model, {"*": prune.ISTA(0.01)}, opt)
+    before = {n: a.copy() for n, a in adaptor.arrays(model).items()}
+    pruner.after_step()
+    for name, rate in (("0.weight", 0.5), ("2.weight", 0.0), ("5.weight", 0.1)):
+        w = before[name]
+        expected = np.sign(w) * np.maximum(np.abs(w) - np.float32(0.01 * rate), 0)
+        assert np.allclose(pruner.core.parameters[name], expected, atol=1e-7), name
+
+
 def test_mask_holds_under_adam():
     model = net()
     opt = torch.optim.Adam(model.parameters(), lr=1e-2)
