@@ -69,6 +69,41 @@ class EnvironmentProblem(SkimError):
     exit_code = 8
 
 
+class ServingError(SkimError):
+    """A request that the server answers with an error; ``status`` is the HTTP status of the answer."""
+
+    status = 500
+
+    def __init__(self, message: str, *, status: int | None = None) -> None:
+        super().__init__(message)
+        if status is not None:
+            self.status = status
+
+
+class InvalidRequest(ServingError):
+    """A request that breaks the protocol, or asks for what this model does not have."""
+
+    status = 400
+
+
+class RequestTooLarge(ServingError):
+    """A request body beyond the server's limit."""
+
+    status = 413
+
+
+class Overloaded(ServingError):
+    """The server has as many requests as it takes, or no worker to run them; ask again later."""
+
+    status = 503
+
+
+class TimedOut(ServingError):
+    """The request was not answered within the server's time limit."""
+
+    status = 504
+
+
 class InternalError(SkimError):
     """A pass left the module in a state that violates an invariant: a bug in SkimTVM, please report it."""
 

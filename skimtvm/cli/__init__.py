@@ -23,6 +23,7 @@ from .plot import plot_command
 from .profile import profile_command
 from .prune import prune_command
 from .run import run_command
+from .serve import serve_command
 from .train_demo import train_demo_command
 
 INTERRUPTED = 130  # what a shell reports for a process that Ctrl-C ended
@@ -86,6 +87,7 @@ def main(debug: bool) -> None:
 for _command in (
     compile_command,
     run_command,
+    serve_command,
     inspect_command,
     profile_command,
     demo_command,
