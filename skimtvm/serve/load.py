@@ -238,6 +238,16 @@ class Observer:
                         os.kill(pids[self.kills % len(pids)], signal.SIGKILL)
                         self.kills += 1
 
+    async def settle(self, workers: int, limit: float = 60.0) -> int:
+        """Wait until all workers are ready again; returns how many are."""
+        end = time.monotonic() + limit
+        ready = 0
+        while ready < workers and time.monotonic() < end:
+            with contextlib.suppress(NoAnswer, TimeoutError):
+                ready = len(await self.workers())
+            await asyncio.sleep(0.1)
+        return ready
+
     async def workers(self) -> list[int]:
         """Process ids of the workers that are ready."""
         request = b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -283,8 +293,7 @@ async def measure(options: argparse.Namespace, valid: Valid, server: Server) -> 
     elapsed = time.monotonic() - start
     observing.cancel()
     await asyncio.sleep(0)
-    with contextlib.suppress(NoAnswer, TimeoutError):
-        await observer.workers()
+    ready = await observer.settle(options.workers)
     counts = load.counts
     result["overload"] = {
         "factor": options.overload,
@@ -294,6 +303,7 @@ async def measure(options: argparse.Namespace, valid: Valid, server: Server) -> 
         "rows_per_second": round(counts.rows / elapsed, 1),
     } | counts.as_dict()
     result["workers_killed"], result["workers_replaced"] = observer.kills, int(observer.restarts)
+    result["workers_ready_at_end"] = ready
     result["memory"] = observer.memory(options.workers)
     result["memory_samples"] = observer.samples
     await load.close()
@@ -305,7 +315,13 @@ def passed(result: dict[str, Any]) -> bool:
     """Every valid request answered right or refused with 503, every malformed one refused, a clean end."""
     o = result["overload"]
     good = o["right"] > 0 and not (o["wrong"] or o["lost_or_other"] or o["unanswered"] or o["malformed_other"])
-    return good and result["workers_replaced"] >= result["workers_killed"] and result["exit_code"] == 0
+    replaced = result["workers_replaced"] >= result["workers_killed"]
+    return (
+        good
+        and replaced
+        and result["workers_ready_at_end"] == result["settings"]["workers"]
+        and not result["exit_code"]
+    )
 
 
 def main() -> int:

@@ -24,6 +24,7 @@ def load(served, tmp_path, minutes, *arguments):
     assert overload["sent"] == overload["right"] + overload["refused_503"]
     assert not overload["malformed_other"] and overload["malformed_sent"] > 0, overload
     assert result["workers_killed"] > 0 and result["workers_replaced"] >= result["workers_killed"]
+    assert result["workers_ready_at_end"] == 2
     assert result["exit_code"] == 0 and result["passed"] and done.returncode == 0
     return result
 
