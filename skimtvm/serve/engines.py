@@ -40,7 +40,7 @@ class SkimEngine:
 
         self._module = load(path, threads=threads)
         self.inputs, self.outputs = self._module.inputs, self._module.outputs
-        sizes: tuple[int, ...] = getattr(self._module, "batches", ())
+        sizes: tuple[int, ...] = self._module.batches
         # A module of several sizes runs any number of rows up to the largest, in the sizes that it finds best.
         one = (first_dimension(self.inputs, self.outputs),)
         self.batches: tuple[int, ...] = tuple(range(1, sizes[-1] + 1)) if sizes else one

@@ -10,6 +10,8 @@ from skimtvm.errors import InvalidModel, InvalidOption, UnsupportedModel
 from skimtvm.report import TensorSpec
 from skimtvm.serve.engines import describe, open_engine
 
+from .helpers import environment
+
 
 class Engine:
     platform = "test"
@@ -53,6 +55,25 @@ def test_batch_of_one_is_a_fixed_shape():
     assert reason is None and not signature.row_axis and engine.seen == [(1, 3)]
 
 
+def test_a_module_of_several_sizes_takes_any_number_of_rows(onnx_file, tmp_path):
+    path = tmp_path / "sizes.so"
+    command = [sys.executable, "-m", "skimtvm", "compile", str(onnx_file), "-o", str(path), "--batch", "1,4", "--quiet"]
+    subprocess.run(command, check=True, env=environment())
+    text = """
+import sys, numpy as np
+from skimtvm.serve.engines import describe, open_engine
+from skimtvm.serve.load_client import Valid
+engine = open_engine("skimtvm", sys.argv[1], 1)
+signature, reason = describe(engine, "m")
+assert reason is None and signature.batches == (1, 2, 3, 4) and signature.row_axis
+one = Valid(engine, signature, 2)
+for rows in range(1, 5):
+    out = engine.run({"x": np.repeat(one._feeds[1][0], rows, 0), "mask": np.repeat(one._feeds[1][1], rows, 0)})
+    assert np.allclose(out["y"], np.repeat(one._expected[1][0], rows, 0), atol=1e-5) and len(out["sum"]) == rows
+"""
+    subprocess.run([sys.executable, "-c", text, str(path)], check=True, env=environment())
+
+
 def test_onnxruntime(onnx_file, tmp_path):
     import onnx
 
@@ -74,4 +95,4 @@ def test_onnxruntime(onnx_file, tmp_path):
 
 def test_the_front_loads_neither_the_model_nor_tvm():
     text = "import sys, skimtvm.serve.server; assert not {'tvm', 'onnx', 'onnxruntime'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", text], check=True)
+    subprocess.run([sys.executable, "-c", text], check=True, env=environment())
