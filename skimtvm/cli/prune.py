@@ -24,6 +24,10 @@ from ._common import file_size, number, plural, print_table, quantity
     "--keep", default="", help="Leave alone, by commas: first, last, depthwise, 1x1, conv, dense, or patterns of names."
 )
 @click.option("--global", "together", is_flag=True, help="One threshold for all layers together.")
+@click.option("--guided", is_flag=True, help="Leave layers dense that would not be faster.")
+@click.option(
+    "--alphas", help="JSON of the measured machine for --guided: alpha by layer or kernel, or of skimtvm bench."
+)
 @click.option("--keep-channels", is_flag=True, help="Do not remove dead channels from the graph.")
 @click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -35,11 +39,14 @@ def prune_command(
     pattern: str,
     keep: str,
     together: bool,
+    guided: bool,
+    alphas: str | None,
     keep_channels: bool,
     overwrite: bool,
     as_json: bool,
 ) -> None:
     """Set the smallest weights of MODEL (.onnx) to zero and write the result."""
+    from ..prune.guide import Machine
     from ..prune.oneshot import prune_file
 
     report = prune_file(
@@ -52,6 +59,7 @@ def prune_command(
         keep=[word.strip() for word in keep.split(",")],
         together=together,
         remove_dead=not keep_channels,
+        machine=Machine.load(alphas) if guided or alphas is not None else None,
     )
     if as_json:
         click.echo(report.to_json())

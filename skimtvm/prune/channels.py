@@ -91,7 +91,7 @@ class Flow:
     def __init__(self, graph: Graph, weights: Weights) -> None:
         self.graph, self.known = graph, weights
         self.opset = opset_of(graph.model)
-        self.dims = _dims(graph.model)
+        self.dims = dims_of(graph.model)
         self.slots: dict[str, Slots] = {}
         self.producers: list[Producer] = []
         self.ends: list[End] = []
@@ -253,7 +253,7 @@ def unknown(count: int) -> Array:
     return np.full(count, np.nan)
 
 
-def _dims(model: Any) -> dict[str, tuple[int | None, ...]]:
+def dims_of(model: Any) -> dict[str, tuple[int | None, ...]]:
     """What shape inference can tell; None for a dimension without a value."""
     try:
         done = onnx.shape_inference.infer_shapes(skeleton(model), data_prop=True)

@@ -18,7 +18,9 @@ from ..onnx_read import read_model
 from . import dead_channels
 from .files import check_output, write_bytes
 from .groups import Blocks, Elements, parse
+from .guide import Guide, Machine
 from .masks import Mask, check_sparsity, smallest
+from .onnx_workloads import workloads
 from .rules import matching
 from .weights import Graph, WeightedLayer, graph_array, layers
 
@@ -78,6 +80,7 @@ def prune_model(
     keep: Iterable[str] = (),
     together: bool = False,
     remove_dead: bool = True,
+    machine: Machine | None = None,
 ) -> tuple[Any, Report]:
     """A pruned copy of ``source`` (path, bytes or ModelProto) and what was done.
 
@@ -86,6 +89,7 @@ def prune_model(
     layers stay. ``pattern``: element, block4 (4x1), 4x2, filter, channel, column, or N:M such as 2:4, whose sparsity is
     given. ``keep``: layers to leave alone: kinds (first, last, depthwise, 1x1, conv, dense) or patterns of names.
     ``remove_dead``: drop channels that nothing reads or that are always the same, where that is safe.
+    ``machine``: leave layers dense that would not be faster on it, and go no further than makes them faster.
     Raises InvalidOption, InvalidModel.
     """
     model = read_model(source)[0]
@@ -96,6 +100,13 @@ def prune_model(
     mask = _mask(pattern)
     targets = _targets(found, sparsity, table, fixed=mask is not None)
     kept = _kept(found, keep)
+    advice: dict[str, str] = {}
+    if machine is not None:
+        if together or mask is not None:
+            raise InvalidOption(
+                "guided pruning decides on each layer; it needs --sparsity or --table, without --global"
+            )
+        advice = _guided(model, machine, targets, pattern)
     before: dict[str, tuple[WeightedLayer, int, int]] = {}
     notes: dict[str, str] = {}
     chosen: list[WeightedLayer] = []
@@ -109,11 +120,15 @@ def prune_model(
             notes[layer.name] = f"kept: {layer.problem}"
         elif layer.name not in targets:
             notes[layer.name] = "kept: not in the table"
+        elif targets[layer.name] == 0 and layer.name in advice:
+            notes[layer.name] = f"kept: {advice[layer.name]}"
         elif layer.tensor in done:
             notes[layer.name] = "shares its weight with a layer above"
         else:
             done.add(layer.tensor)
             chosen.append(layer)
+            if layer.name in advice:
+                notes[layer.name] = advice[layer.name]
     tied = {layer.tensor for layer in found if layer.name in kept} & done
     chosen = [layer for layer in chosen if layer.tensor not in tied]
     if together:
@@ -137,6 +152,20 @@ def prune_model(
                              notes.get(name, ""))  # fmt: skip
         rows_out.append(change)
     return model, Report(tuple(rows_out), dead.channels, pattern, dead.stayed)
+
+
+def _guided(model: Any, machine: Machine, targets: dict[str, float], pattern: str) -> dict[str, str]:
+    """What the machine says about each layer; changes ``targets`` accordingly."""
+    groups = parse(pattern)
+    kernel = f"bsr{groups.y}" if isinstance(groups, Blocks) and groups.x == 1 and groups.y > 1 else "csr"
+    advice: dict[str, str] = {}
+    for name, work in workloads(model).items():
+        if not targets.get(name):
+            continue
+        p = Guide({name: work}, machine, kernel=kernel, reach=1 - targets[name]).project(name, 1 - targets[name])
+        if not p.worth or 1 - p.target < targets[name]:
+            targets[name], advice[name] = (1 - p.target, p.reason) if p.worth else (0.0, p.reason)
+    return advice
 
 
 def prune_file(source: str | Path, output: str | Path, *, overwrite: bool = False, **options: Any) -> Report:

@@ -9,8 +9,11 @@ from onnx import helper, numpy_helper
 
 from skimtvm.errors import InvalidModel, InvalidOption, OutputExists
 from skimtvm.prune import oneshot, weights
+from skimtvm.prune.guide import Guide, Machine
 from skimtvm.prune.nets import NETWORKS, shapes, to_onnx
+from skimtvm.prune.onnx_workloads import workloads
 from skimtvm.winograd import transform
+from skimtvm.workload import ConvWorkload, DenseWorkload
 
 from .chains import chain, make, run
 
@@ -138,6 +141,35 @@ def test_winograd_function_is_a_layer():
     row = next(x for x in report.layers if x.name == "conv3_3x3")
     assert row.op == "Winograd" and row.shape == (32, 16, 6, 6) and row.sparsity[1] == pytest.approx(0.8, abs=1e-3)
     assert np.isfinite(run(after)).all()
+
+
+def test_guided_by_the_machine(tmp_path):
+    model = make(*chain(), ("N", 3, 12, 12))
+    works = workloads(model, batch=2)
+    assert works["conv2"] == ConvWorkload(2, 8, 12, 12, 6, 3, 3, padding=(1, 1, 1, 1))
+    assert works["conv3"] == ConvWorkload(2, 6, 12, 12, 4, 1, 1)
+    slow = Machine({"csr": 1.8, "conv1": 50.0, "bsr4": 1.1}, flops=1e9, bandwidth=1e11)
+    _, report = oneshot.prune_model(model, sparsity=0.9, machine=slow, remove_dead=False)
+    first, second, _ = report.layers
+    assert first.nnz[0] == first.nnz[1] and first.note.startswith("kept: leave dense: 0.20x even at density 0.100")
+    assert second.sparsity[1] == pytest.approx(0.9, abs=0.01) and second.note == ""
+    narrow = Machine({"csr": 1.8}, flops=1e9, bandwidth=2e8)  # memory bounds conv2 early
+    ceiling = Guide(workloads(model), narrow).project("conv2").ceiling
+    assert 0.1 < ceiling < 0.9
+    _, report = oneshot.prune_model(model, table={"conv2": 0.99}, machine=narrow, remove_dead=False)
+    assert report.layers[1].sparsity[1] == pytest.approx(1 - ceiling, abs=0.01)
+    with pytest.raises(InvalidOption, match="guided pruning decides on each layer"):
+        oneshot.prune_model(model, sparsity=0.9, together=True, machine=slow)
+
+
+def test_workloads_of_matrix_products_and_automatic_padding():
+    nodes = [("Conv", ["x", "w"], ["a"], {"name": "c", "auto_pad": "SAME_UPPER", "strides": [2, 2]}),
+             ("Flatten", ["a"], ["f"], {}), ("Gemm", ["f", "g"], ["h"], {"name": "g"}),
+             ("MatMul", ["h", "m"], ["y"], {"name": "m"})]  # fmt: skip
+    t = {"w": RNG.standard_normal((4, 3, 3, 3)), "g": RNG.standard_normal((144, 7)), "m": RNG.standard_normal((7, 5))}
+    works = workloads(make(nodes, t))
+    assert works["c"].out_shape == (1, 4, 6, 6)
+    assert (works["g"], works["m"]) == (DenseWorkload(1, 144, 7), DenseWorkload(1, 7, 5))
 
 
 # ---- bad input ---------------------------------------------------------------------------------------------------------
