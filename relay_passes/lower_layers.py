@@ -20,7 +20,7 @@ from ..kernels import FEW_ROWS
 from ..layout import Phases, natural
 from ..report import LayerRecord
 from ..schedules import conv2d as conv
-from ..schedules import dense, gather_gemm, moves
+from ..schedules import dense, gather_gemm, interleaved, moves
 from ..schedules.pointwise import Slot, emit_pointwise
 from ..target import CpuTarget
 from ._utils import Graph, shape_of, substitute, tensor_leaves
@@ -34,11 +34,11 @@ Chooser = Callable[[Layer], Choice]
 
 @tvm.transform.module_pass(opt_level=0, name="LowerLayers")
 class LowerLayers:
-    """``choices``: kernel of each layer by name. After the run ``calls`` holds (function name, record) of every kernel
+    """``choices``: kernel of each layer by name; ``interleave``: images that share a vector (1: planes). After the run ``calls`` holds (function name, record) of every kernel
     call in execution order and ``plan`` the places."""
 
-    def __init__(self, target: CpuTarget, choices: Mapping[str, Choice]) -> None:
-        self.target, self.choices = target, choices
+    def __init__(self, target: CpuTarget, choices: Mapping[str, Choice], interleave: int = 1) -> None:
+        self.target, self.choices, self.interleave = target, choices, interleave
         self.calls: list[tuple[str, LayerRecord]] = []
         self.plan: Plan | None = None
 
@@ -47,7 +47,7 @@ class LowerLayers:
         if graph is None:
             return mod
         nodes = classify(graph, FEW_ROWS)
-        self.plan = Plan(nodes, list(graph.func.params))
+        self.plan = Plan(nodes, list(graph.func.params), self.interleave)
         lowering = _Lowering(graph, nodes, self.plan, self.target, self.choices)
         out = lowering.run()
         self.calls = lowering.calls
@@ -115,7 +115,7 @@ class _Lowering(FlatValues):
         choice = self._choice(layer)
         x = n.inputs[0]
         phases = conv.phases(wl)
-        if phases is None:
+        if phases is None or self.plan.interleave > 1:
             buffer, src, channels = self.flat(x)
             if channels is not None and choice.kernel == "dense" and wl.groups > 1:
                 buffer, src = self._contiguous(x)
@@ -193,7 +193,10 @@ class _Lowering(FlatValues):
         args = [*(b for b, _ in pairs), *self._channel_args(n), *gates]
         key = ("pointwise", layer.program, slots, dst)
         name = f"f32_pointwise_{target.isa}"
-        make = partial(emit_pointwise, layer.program, slots, dst, target)
+        if dst.layout.interleave > 1:
+            make = partial(interleaved.emit_pointwise, layer.program, slots, dst)
+        else:
+            make = partial(emit_pointwise, layer.program, slots, dst, target)
         self._write(n.var, key, name, make, args, self._record(n, "pointwise"))
 
     def _simple(self, n: Node, op: str, emit: Callable[[Slot, Slot], Any], tables: Sequence[Any] = ()) -> None:

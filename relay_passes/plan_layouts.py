@@ -4,7 +4,8 @@ Values that a kernel reads and writes at the same position share a *space* (row 
 convolution and its input, residual operands, the parts of a concatenation. A space is as wide as its widest member plus
 the padding that the widest kernel on it needs; a value has zeros around its pixels only if a consumer's taps reach there.
 A strided convolution reads phase planes, which live in the space of its output. Spaces without a convolution are natural
-NCHW. The parts of a channel concatenation are written straight into slices of its buffer where their producers can.
+NCHW. Batches that fill vectors may be interleaved instead, where there are no spaces or phases and only zeros around
+pixels remain to be planned. The parts of a channel concatenation are written straight into slices of its buffer where their producers can.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from ..layout import Halo, Layout, Phases, Space, natural, plane
+from ..layout import Halo, Layout, Phases, Space, interleaved, natural, plane
 from ..schedules import conv2d as conv
 from .nodes import Node, nchw
 
@@ -54,10 +55,26 @@ class _Union:
 WRITERS = frozenset(("conv2d", "pointwise", "pool", "resize", "lrn", "concat"))  # kernels that can write into a slice
 
 
+INTERLEAVABLE = frozenset(("conv2d", "pointwise", "concat", "view", "mean", "fc", "skip", "opaque"))
+
+
+def may_interleave(nodes: list[Node], images: int) -> bool:
+    """Whether every kernel that these nodes need exists for layouts that interleave ``images`` images."""
+    convs = [n for n in nodes if n.kind == "conv2d"]
+    gates = any(n.layer is not None and n.layer.gates for n in nodes)
+    return (
+        bool(convs)
+        and all(n.workload.n % images == 0 for n in convs)
+        and all(n.kind in INTERLEAVABLE for n in nodes)
+        and not gates
+    )
+
+
 class Plan:
     """Places of all flat values; ``place(key)`` is None for opaque values that nothing reads in flat form."""
 
-    def __init__(self, nodes: list[Node], params: list[Any]) -> None:
+    def __init__(self, nodes: list[Node], params: list[Any], interleave: int = 1) -> None:
+        self.interleave = interleave
         self.nodes = {n.var: n for n in nodes}
         self.params = params
         self.spaces = _Union()
@@ -91,9 +108,9 @@ class Plan:
     def _visit_conv2d(self, n: Node) -> None:
         wl, x = n.workload, n.inputs[0]
         self._add(n.var, nchw(n.var))
-        phases = conv.phases(wl)
+        phases = None if self.interleave > 1 else conv.phases(wl)
         if phases is None:
-            self._add(x, nchw(x), conv.halo(wl))
+            self._add(x, nchw(x), conv.halo(wl, interleaved=self.interleave > 1))
             self.spaces.join(x, n.var)
         else:
             key = self.phase_key(x, phases)
@@ -165,7 +182,9 @@ class Plan:
         roots: dict[Key, Layout] = {}
         for root in dict.fromkeys(r for r, _ in owners.values()):
             space_key = self.spaces.find(root)
-            if space_key in self.plane_spaces:
+            if space_key in self.plane_spaces and self.interleave > 1:
+                roots[root] = interleaved(*self.shapes[root], halos[root], self.interleave)
+            elif space_key in self.plane_spaces:
                 roots[root] = plane(*self.shapes[root], spaces[space_key], halos[root])
             else:
                 roots[root] = natural(*self.shapes[root])

@@ -2,7 +2,8 @@
 
 Big activations (56x56 and 28x28 planes of a batch of 16) leave the last-level cache between layers; big weights (fully
 connected layers, 7x7 convolutions) are read once a batch instead of once an image. The network is cut at a value that is
-the only one alive there, where the model below expects the least time. Both halves come from the same simplification at
+the only one alive there, where the model below expects the least time; behind the cut, as many images as fill a vector may be
+interleaved (``layout.py``), which wastes no lane and aligns every tap. Both halves come from the same simplification at
 batch 1 and at batch N; they are the same graph, operator by operator, or the network is left whole (an operator that
 mixes images would show as a difference).
 """
@@ -18,22 +19,30 @@ import tvm
 from tvm import relax
 
 from ..chooser import Choice
+from ..kernels import FEW_ROWS
 from ..layout import round_up
 from ..target import CpuTarget
 from ..workload import ConvWorkload
 from ._utils import Graph, op_name, shape_of, substitute, tensor_leaves
 from .layers import read_layer
+from .nodes import classify
+from .plan_layouts import may_interleave
 
 FLOPS = 100e9  # multiply-adds count twice; a core at about 85% of its peak
 WEIGHT_BANDWIDTH = 25e9  # bytes a second, streaming from memory
 ACTIVATION_BANDWIDTH = 8e9  # the same for the strided tiles of activations that leave the cache (TLB misses included)
+STREAM_BANDWIDTH = 40e9  # for interleaved activations, whose tiles are contiguous
+COPY_BANDWIDTH = 20e9
+INTERLEAVED = {False: 0.88, True: 0.77}  # time of a layer against planes: (dense and blocks, CSR)
 
 
 @dataclass(frozen=True)
 class Cut:
-    """``index``: values before it, in graph order, run image by image; ``reason``: one line."""
+    """``index``: values before it, in graph order, run image by image; ``interleave``: images that share a vector behind it
+    (1: planes); ``reason``: one line."""
 
     index: int
+    interleave: int
     reason: str
 
 
@@ -56,24 +65,42 @@ def compare(single: Graph, batched: Graph, batch: int) -> str:
     return ""
 
 
-def _macs_and_bytes(graph: Graph, var: Any, choices: Mapping[str, Choice]) -> tuple[float, float, float]:
-    """(seconds of arithmetic at full lanes, bytes of weights, share of lanes that hold pixels) of one value."""
+@dataclass(frozen=True)
+class _Cost:
+    """Seconds an image of one value: image by image, the batch as planes, the batch interleaved."""
+
+    single: float
+    planes: float
+    interleaved: float
+
+
+def _cost(graph: Graph, var: Any, batch: int, choices: Mapping[str, Choice], cache: float) -> _Cost:
+    moved = _size(var) + sum(_size(leaf) for leaf in tensor_leaves(graph.defs[var]))
+    outside = moved * batch > cache
+    planes, mixed = moved / ACTIVATION_BANDWIDTH * outside, moved / STREAM_BANDWIDTH * outside
     call = graph.defs[var]
     if not isinstance(call, relax.Call) or not isinstance(call.op, tvm.ir.GlobalVar):
-        return 0.0, 0.0, 1.0
+        return _Cost(0.0, planes, mixed)
     func = graph.mod[call.op]
     if not func.attrs or func.attrs.get("skim.kind") not in ("conv2d", "dense"):
-        return 0.0, 0.0, 1.0
+        return _Cost(0.0, planes, mixed)
     layer = read_layer(func)
     assert layer.weight is not None and layer.workload is not None
     choice = choices[layer.name]
-    bytes_each = 4 if choice.kernel == "dense" else 8 / max(1, choice.rows) + 4
-    seconds = 2 * layer.workload.macs * choice.stored / FLOPS * (1 if choice.rows != 1 else 2)
+    csr = choice.rows == 1 and choice.kernel != "dense"
+    seconds = 2 * layer.workload.macs * choice.stored / FLOPS * (2 if csr else 1)
     lanes = 1.0
     if isinstance(layer.workload, ConvWorkload):
         positions = layer.workload.out_h * (layer.workload.out_w + 1)
         lanes = layer.workload.out_h * layer.workload.out_w / round_up(positions, 16)
-    return seconds, layer.weight.size * choice.stored * bytes_each, lanes
+    # Weights arrive while others are multiplied: a layer takes the longer of the two.
+    weights = layer.weight.size * choice.stored * (4 if choice.kernel == "dense" else 8 / max(1, choice.rows) + 4)
+    arrive = weights / WEIGHT_BANDWIDTH
+    return _Cost(
+        max(seconds * (1 if lanes > 0.5 else 0.8 / lanes), arrive),
+        max(seconds, arrive / batch) + planes,
+        max(seconds * INTERLEAVED[csr], arrive / batch) + mixed,
+    )
 
 
 def _size(expr: Any) -> float:
@@ -90,22 +117,28 @@ def find_cut(single: Graph, batched: Graph, batch: int, choices: Mapping[str, Ch
     }
     params_until = max([position[u] for p in single.func.params for u in single.users.get(p, {})], default=0)
     cache = 4.0 * target.l2_bytes  # what a core may expect to keep of the last level
-    best, saved, total = Cut(0, "the whole batch at once"), 0.0, 0.0
-    for i, var in enumerate(order):
-        seconds, weights, lanes = _macs_and_bytes(single, var, choices)
-        moved = _size(var) + sum(_size(leaf) for leaf in tensor_leaves(single.defs[var]))
-        # Weights arrive while others are multiplied: a layer takes the longer of the two.
-        at_once = max(seconds, weights / WEIGHT_BANDWIDTH / batch)
-        at_once += moved / ACTIVATION_BANDWIDTH if moved * batch > cache else 0
-        one_by_one = max(seconds * (1 if lanes > 0.5 else 0.8 / lanes), weights / WEIGHT_BANDWIDTH)
-        total += at_once - one_by_one
-        alone = all(position[v] > i or v.same_as(var) or last[v] <= i for v in order[: i + 1])
-        copies = (
-            3 * _size(var) / ACTIVATION_BANDWIDTH
-        )  # out of the image's buffer, into the batch, into the next layout
-        if alone and params_until <= i and total - copies > saved:
-            saved = total - copies
-            best = Cut(i + 1, f"image by image up to {var.name}, saves {1e3 * saved * batch:.1f} ms (model)")
+    costs = [_cost(single, var, batch, choices, cache) for var in order]
+    nodes = classify(batched, FEW_ROWS)
+    best, least = Cut(0, 1, "the whole batch at once"), sum(c.planes for c in costs)
+    whole = least
+    for i in range(len(order) + 1):  # cut before value i
+        var = order[i - 1] if i else None
+        if var is not None:
+            alone = all(position[v] >= i or v.same_as(var) or last[v] < i for v in order[:i])
+            if not alone or params_until >= i:
+                continue
+        done = sum(c.single for c in costs[:i])
+        # out of the image's buffer, into the batch, into the next layout
+        copies = 3 * _size(var) / COPY_BANDWIDTH if var is not None else 0.0
+        ways = [(1, sum(c.planes for c in costs[i:]))]
+        if batch % target.lanes == 0 and may_interleave(nodes[i:], target.lanes):
+            ways.append((target.lanes, sum(c.interleaved for c in costs[i:])))
+        for interleave, rest in ways:
+            if done + copies + rest < least:
+                least = done + copies + rest
+                where = f"image by image up to {var.name}" if var is not None else "the whole batch at once"
+                how = f", then {interleave} images in the lanes of a vector" if interleave > 1 else ""
+                best = Cut(i, interleave, f"{where}{how}, saves {1e3 * (whole - least) * batch:.1f} ms (model)")
     return best
 
 

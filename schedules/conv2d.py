@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from ..errors import InternalError
 from ..formats.gather import GatherMatrix, encode
-from ..layout import Halo, Phases
+from ..layout import Halo, Layout, Phases
 from ..target import CpuTarget
 from ..workload import ConvWorkload
 from . import knobs as knobs_model
@@ -29,9 +29,12 @@ def phases(wl: ConvWorkload) -> Phases | None:
     return Phases(*wl.strides, tuple((py, px) for py in sorted(rows) for px in sorted(cols)))
 
 
-def taps(wl: ConvWorkload) -> list[tuple[int, int, int]]:
-    """(phase, row, column) of each tap (r, s) relative to the output pixel, in the order of the weights."""
-    split = phases(wl)
+def taps(wl: ConvWorkload, *, interleaved: bool = False) -> list[tuple[int, int, int]]:
+    """(phase, row, column) of each tap (r, s) relative to the output pixel, in the order of the weights.
+
+    Interleaved layouts have no phases: there, rows and columns are relative to the output pixel times the stride.
+    """
+    split = None if interleaved else phases(wl)
     out = []
     for r in range(wl.kh):
         for s in range(wl.kw):
@@ -44,13 +47,17 @@ def taps(wl: ConvWorkload) -> list[tuple[int, int, int]]:
     return out
 
 
-def halo(wl: ConvWorkload) -> Halo:
+def halo(wl: ConvWorkload, *, interleaved: bool = False) -> Halo:
     """How far the taps reach outside of the input, or outside of a phase plane of it when strided."""
-    split = phases(wl)
+    split = None if interleaved else phases(wl)
     h, w = split.shape(wl.h, wl.w) if split else (wl.h, wl.w)
-    rows, cols = [t[1] for t in taps(wl)], [t[2] for t in taps(wl)]
+    last_y, last_x = wl.out_h - 1, wl.out_w - 1
+    if interleaved:
+        last_y, last_x = last_y * wl.strides[0], last_x * wl.strides[1]
+    reached = taps(wl, interleaved=interleaved)
+    rows, cols = [t[1] for t in reached], [t[2] for t in reached]
     return Halo(
-        max(0, -min(rows)), max(0, -min(cols)), max(0, max(rows) + wl.out_h - h), max(0, max(cols) + wl.out_w - w)
+        max(0, -min(rows)), max(0, -min(cols)), max(0, max(rows) + last_y + 1 - h), max(0, max(cols) + last_x + 1 - w)
     )
 
 
@@ -59,9 +66,12 @@ def offsets(wl: ConvWorkload, src: Slot, channels: Sequence[int] | None = None) 
 
     ``channels``: where each input channel of the convolution is stored (a permutation or selection); default in order.
     """
-    lay, split = src.layout, phases(wl)
+    lay = src.layout
+    interleaved = lay.interleave > 1
+    split = None if interleaved else phases(wl)
     planes = len(split.index) if split else 1
-    at = np.array([p * lay.c_pitch + y * lay.row_pitch + x for p, y, x in taps(wl)], np.int64)
+    reached = taps(wl, interleaved=interleaved)
+    at = np.array([p * lay.c_pitch + y * lay.row_pitch + x * lay.x_pitch for p, y, x in reached], np.int64)
     order = np.arange(wl.c) if channels is None else np.asarray(channels)
     flat = (order[:, None] * planes * lay.c_pitch + at[None, :]).reshape(-1)
     if flat.size and np.abs(flat).max() + src.size >= 2**31:
@@ -82,7 +92,8 @@ def default_knobs(
     wl: ConvWorkload, rows: int, dense: bool, src: Slot, dst: Slot, target: CpuTarget, stored: float = 0.1
 ) -> Knobs:
     """Knobs by the cost model; ``stored`` is the fraction of the R x 1 blocks that hold a nonzero."""
-    return knobs_model.default_knobs(wl, rows, dense, src, dst, target, taps(wl), stored)
+    reached = taps(wl, interleaved=src.layout.interleave > 1)
+    return knobs_model.default_knobs(wl, rows, dense, src, dst, target, reached, stored)
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,6 +115,21 @@ def _cuts(m: GatherMatrix, chunks: int) -> npt.NDArray[np.int32]:
     return np.concatenate([[0], inner, [m.groups]]).astype(np.int32)
 
 
+def _check(wl: ConvWorkload, s: Layout, d: Layout, knobs: Knobs) -> None:
+    """Raise InternalError unless the kernel can run between these layouts."""
+    if s.interleave != d.interleave:
+        raise InternalError(f"convolution {wl}: only one of source and output is interleaved: {s} and {d}")
+    if s.interleave > 1:
+        if knobs.lanes != s.interleave:
+            raise InternalError(f"convolution {wl}: vectors of {knobs.lanes} for {s.interleave} interleaved images")
+        return
+    if s.row_pitch != d.row_pitch or (wl.n > 1 and s.n_pitch != d.n_pitch) or not (s.plane and d.plane):
+        raise InternalError(f"convolution {wl}: source and output planes differ: {s} and {d}")
+    total = -(-d.positions // knobs.lanes)
+    if d.c_pitch - d.front < total * knobs.lanes and not (d.natural and d.positions % knobs.lanes == 0):
+        raise InternalError(f"convolution {wl}: no room behind the planes of {d}")
+
+
 def build(
     wl: ConvWorkload,
     weight: npt.NDArray[np.float32],
@@ -118,15 +144,11 @@ def build(
 ) -> ConvKernel:
     """Encode ``weight`` f32[k, c / groups, kh, kw] for ``knobs`` and describe the kernel.
 
-    ``src`` holds the padded planes (phase planes when strided) and ``dst`` the output; both must agree on positions.
+    ``src`` holds the padded planes (phase planes when strided) and ``dst`` the output; both must agree on positions, or
+    be interleaved.
     """
     s, d = src.layout, dst.layout
-    if s.row_pitch != d.row_pitch or (wl.n > 1 and s.n_pitch != d.n_pitch) or not (s.plane and d.plane):
-        raise InternalError(f"convolution {wl}: source and output planes differ: {s} and {d}")
-    lanes = knobs.lanes
-    total = -(-d.positions // lanes)
-    if d.c_pitch - d.front < total * lanes and not (d.natural and d.positions % lanes == 0):
-        raise InternalError(f"convolution {wl}: no room behind the planes of {d}")
+    _check(wl, s, d, knobs)
     matrices = encode(
         weight, conv_groups=wl.groups, rows=knobs.rows, channel_block=knobs.channel_block, dense=knobs.dense
     )
@@ -136,7 +158,7 @@ def build(
         step = address.reshape(wl.groups, -1)
         if not (np.diff(step, axis=0) == step[1] - step[0]).all() or np.ptp(step[1] - step[0]):
             raise InternalError(f"convolution {wl}: dense groups need evenly spaced channels")
-    planes = 1 if (split := phases(wl)) is None else len(split.index)
+    planes = 1 if s.interleave > 1 or (split := phases(wl)) is None else len(split.index)
     runs = tuple(RowRun(m.first, m.groups, m.rows, m.blocks, m.column.size if m.dense else 0) for m in matrices)
     gemm = Gemm(
         src=src,
@@ -148,6 +170,7 @@ def build(
         group_step=cg * planes * s.c_pitch,
         epilogue=epilogue or Program(),
         tensors=tensors,
+        strides=wl.strides if s.interleave > 1 else (1, 1),
     )
     constants: list[Array] = []
     for m in matrices:
@@ -160,6 +183,6 @@ def build(
     stored = sum(a.nbytes for a in constants)
     constants.append(np.concatenate([_cuts(m, knobs.chunks) for m in matrices]))
     if gemm.masked:
-        constants.append(pixel_mask(dst, gemm.vectors * lanes))
+        constants.append(pixel_mask(dst, gemm.vectors * knobs.lanes))
     constants += [np.ascontiguousarray(a, np.float32) for a in channel_consts]
     return ConvKernel(gemm, tuple(constants), stored)

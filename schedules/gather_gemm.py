@@ -11,6 +11,9 @@ own channels. The definitions of the operators are in ``skimtvm/ops/conv2d.py``;
 template because the accumulators, data-dependent bounds and fused epilogue have no form that TVM's schedule
 primitives keep in registers.
 
+In an interleaved layout (``layout.py``) a vector is one pixel of 16 images instead of 16 positions, and tiles are cut from
+rows, so that source and destination need not agree on pitches and strides need no phase planes.
+
 Loops (one code variant for each run of row groups and for full and last tiles)::
 
     for tile, chunk in parallel:              # tiles of V * lanes positions; chunks of row groups, cut by nonzeros
@@ -37,8 +40,9 @@ from typing import Any
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as B
 
-from ..layout import LINE
+from ..layout import LINE, Layout
 from .emit import broadcast, fetch, finish, kernel_attrs, loop, store, vector, zeros
+from .interleaved import zero_halo
 from .pointwise import Program, Slot, split_bias
 
 
@@ -83,18 +87,30 @@ class Gemm:
     group_step: int
     epilogue: Program
     tensors: tuple[Slot, ...] = ()  # t1, t2, ...: residuals
+    strides: tuple[int, int] = (1, 1)  # of source pixels, in interleaved layouts
+
+    @property
+    def interleaved(self) -> bool:
+        return self.dst.layout.interleave > 1
 
     @property
     def masked(self) -> bool:
-        return self.dst.layout.zero_halo
+        return self.dst.layout.zero_halo and not self.interleaved
 
     @property
     def vectors(self) -> int:
-        """Vectors that cover the output positions of a channel."""
-        return -(-self.dst.layout.positions // self.knobs.lanes)
+        """Vectors that cover the output positions of a channel (interleaved: of a row)."""
+        lay = self.dst.layout
+        return lay.w if self.interleaved else -(-lay.positions // self.knobs.lanes)
+
+    @property
+    def rows(self) -> int:
+        """Rows of pixels that tiles are cut from; a plane layout is one."""
+        lay = self.dst.layout
+        return lay.n // lay.interleave * lay.h if self.interleaved else 1
 
     def tiles(self) -> tuple[tuple[int, int, int], ...]:
-        """(first vector, tiles, vectors a tile): at most two tile heights, as equal as possible."""
+        """Of a row: (first vector, tiles, vectors a tile): at most two tile heights, as equal as possible."""
         total = self.vectors
         count = -(-total // self.knobs.vectors)
         low, extra = divmod(total, count)
@@ -142,6 +158,30 @@ def _span(low: Any, high: Any) -> Iterator[Any]:
         yield start + i
 
 
+class _Tile:
+    """Where a tile of vectors lies in each tensor. ``first``: its first vector in row ``row``."""
+
+    def __init__(self, gemm: Gemm, row: Any, first: Any) -> None:
+        self.gemm, self.row, self.first, self.known = gemm, row, first, {}
+
+    def at(self, slot: Slot, strides: tuple[int, int] = (1, 1)) -> Any:
+        """Floats from the first pixel of a channel to the first vector."""
+        key = slot.layout, strides
+        if key not in self.known:
+            self.known[key] = B.bind(self._at(slot.layout, strides))
+        return self.known[key]
+
+    def _at(self, lay: Layout, strides: tuple[int, int]) -> Any:
+        if not self.gemm.interleaved:
+            return self.first * self.gemm.knobs.lanes
+        image, y = B.floordiv(self.row, self.gemm.dst.layout.h), B.floormod(self.row, self.gemm.dst.layout.h)
+        return image * lay.n_pitch + y * (strides[0] * lay.row_pitch) + self.first * (strides[1] * lay.x_pitch)
+
+    def step(self, slot: Slot, stride: int = 1) -> int:
+        """Floats between two vectors."""
+        return stride * slot.layout.x_pitch if self.gemm.interleaved else self.gemm.knobs.lanes
+
+
 class _Body:
     """Emits the loops of one kernel; holds the buffers."""
 
@@ -163,21 +203,25 @@ class _Body:
     def emit(self) -> None:
         chunks, tile_runs = self.gemm.knobs.chunks, self.gemm.tiles()
         total = sum(count for _, count, _ in tile_runs)
-        with B.parallel(0, total * chunks) as i:
-            tile, chunk = B.bind(i // chunks), B.bind(i % chunks)
+        if self.gemm.interleaved and self.gemm.dst.layout.zero_halo:
+            zero_halo(self.out, self.gemm.dst)
+        with B.parallel(0, self.gemm.rows * total * chunks) as i:
+            chunk = B.bind(i % chunks)
+            row = B.bind(i // (chunks * total)) if self.gemm.interleaved else 0
+            tile = B.bind(i // chunks % total if self.gemm.interleaved else i // chunks)
             if len(tile_runs) == 1:
-                self._tile(tile, chunk, tile_runs[0], 0, total)
+                self._tile(row, tile, chunk, tile_runs[0], 0, total)
                 return
             with B.If(tile < tile_runs[0][1]):
                 with B.Then():
-                    self._tile(tile, chunk, tile_runs[0], 0, total)
+                    self._tile(row, tile, chunk, tile_runs[0], 0, total)
                 with B.Else():
-                    self._tile(tile, chunk, tile_runs[1], tile_runs[0][1], total)
+                    self._tile(row, tile, chunk, tile_runs[1], tile_runs[0][1], total)
 
-    def _tile(self, tile: Any, chunk: Any, tiles: tuple[int, int, int], first_tile: int, total: int) -> None:
+    def _tile(self, row: Any, tile: Any, chunk: Any, tiles: tuple[int, int, int], first_tile: int, total: int) -> None:
         """All row groups of ``chunk`` on one tile of positions."""
         first_vector, count, vectors = tiles
-        q = B.bind((first_vector + (tile - first_tile) * vectors) * self.lanes)
+        q = _Tile(self.gemm, row, B.bind(first_vector + (tile - first_tile) * vectors))
         edges = {"first": tile if first_tile == 0 else None, "last": tile if first_tile + count == total else None}
         for r in self.runs:
             with loop(r.run.blocks) as block:
@@ -185,12 +229,12 @@ class _Body:
                 with _span(self.cut[at], self.cut[at + 1]) as g:
                     self._group(r, block, B.bind(g), q, vectors, edges, total)
 
-    def _group(self, r: _Run, block: Any, g: Any, q: Any, vectors: int, edges: dict[str, Any], total: int) -> None:
+    def _group(self, r: _Run, block: Any, g: Any, q: _Tile, vectors: int, edges: dict[str, Any], total: int) -> None:
         gemm, lanes, run = self.gemm, self.lanes, r.run
-        dst = gemm.dst
+        dst, step = gemm.dst, q.step(gemm.dst)
         row = B.bind(run.first + g * run.rows)
-        origin = B.bind(dst.base + row * dst.layout.c_pitch + q)
-        outs = [[origin + (i * dst.layout.c_pitch + v * lanes) for v in range(vectors)] for i in range(run.rows)]
+        origin = B.bind(dst.base + row * dst.layout.c_pitch + q.at(dst))
+        outs = [[origin + (i * dst.layout.c_pitch + v * step) for v in range(vectors)] for i in range(run.rows)]
         acc = [B.alloc_buffer((vectors * lanes,), "float32") for _ in range(run.rows)]
 
         def put(i: int, v: int, value: Any) -> None:
@@ -227,13 +271,14 @@ class _Body:
                     for v in range(vectors):
                         store(self.out, get(i, v), outs[i][v], lanes)
 
-    def _multiply(self, r: _Run, block: Any, g: Any, row: Any, q: Any, vectors: int, put: Any, get: Any) -> None:
+    def _multiply(self, r: _Run, block: Any, g: Any, row: Any, q: _Tile, vectors: int, put: Any, get: Any) -> None:
         """acc += data * src over the entries of a row group in a block."""
         gemm, lanes, run = self.gemm, self.lanes, r.run
+        start, step = q.at(gemm.src, gemm.strides), q.step(gemm.src, gemm.strides[1])
         if r.ip is None:
             low = block * gemm.block_columns
             high = B.min(low + gemm.block_columns, run.columns) if run.blocks > 1 else run.columns
-            base = B.bind(gemm.src.base + q + B.floordiv(row, gemm.group_rows) * gemm.group_step)
+            base = B.bind(gemm.src.base + start + B.floordiv(row, gemm.group_rows) * gemm.group_step)
             skip = B.bind(g * run.columns)
         else:
             low, high = r.ip[block * run.groups + g], r.ip[block * run.groups + g + 1]
@@ -241,18 +286,18 @@ class _Body:
                 fetch(r.off, high + line * LINE)
                 for part in range(min(run.rows, 4)):
                     fetch(r.data, (high + line * LINE) * run.rows + part * LINE)
-            base, skip = B.bind(gemm.src.base + q), 0
+            base, skip = B.bind(gemm.src.base + start), 0
         with _span(low, high) as e:
             if r.ip is None:
                 fetch(r.data, (skip + e) * run.rows + DENSE_AHEAD)
             at = B.bind(base + r.off[e])
             weights = [B.bind(r.data[(skip + e) * run.rows + i]) for i in range(run.rows)]
             for v in range(vectors):
-                x = B.bind(vector(self.src, at + v * lanes, lanes))
+                x = B.bind(vector(self.src, at + v * step, lanes))
                 for i in range(run.rows):
                     put(i, v, get(i, v) + broadcast(weights[i], lanes) * x)
 
-    def _finish(self, row: Any, q: Any, outs: Any, get: Any, rows: int, vectors: int, edges: Any, total: int) -> None:
+    def _finish(self, row: Any, q: _Tile, outs: Any, get: Any, rows: int, vectors: int, edges: Any, total: int) -> None:
         """Epilogue, mask, store; the zeros around the pixels come with the first and the last tile."""
         lanes = self.lanes
         for i in range(rows):
@@ -260,11 +305,11 @@ class _Body:
             for v in range(vectors):
                 operands = {"t0": get(i, v), **consts}
                 for j, (slot, buffer) in enumerate(self.tensors):
-                    at = slot.base + (row + i) * slot.layout.c_pitch + q + v * lanes
+                    at = slot.base + (row + i) * slot.layout.c_pitch + q.at(slot) + v * q.step(slot)
                     operands[f"t{j + 1}"] = vector(buffer, at, lanes)
                 value = self.epilogue.evaluate(operands, lanes)
                 if self.mask is not None:
-                    index = B.Ramp(q + v * lanes, 1, lanes)
+                    index = B.Ramp(q.at(self.gemm.dst) + v * lanes, 1, lanes)
                     value = B.Select(
                         self.mask[index] != B.Broadcast(B.int32(0), lanes), value, broadcast(B.float32(0), lanes)
                     )

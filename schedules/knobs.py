@@ -45,6 +45,11 @@ def lines_of_tile(taps: Sequence[Tap], width: int, row_pitch: int) -> int:
     return lines
 
 
+def interleaved_lines(taps: Sequence[Tap], pixels: int, stride: int) -> int:
+    """The same in an interleaved layout, where each pixel is a line: those that ``pixels`` of one output row reach."""
+    return len({(t[1], t[2] + stride * x) for t in taps for x in range(pixels)})
+
+
 def default_knobs(
     wl: ConvWorkload,
     rows: int,
@@ -61,17 +66,24 @@ def default_knobs(
         rows = max(r for r in range(1, rows + 1) if per_group % r == 0)
     rows = min(rows, per_group)
     cg, positions = wl.c // wl.groups, dst.layout.positions
+    images = dst.layout.interleave
+    if images > 1:
+        positions = dst.layout.w * images
+    rest = wl.n // images * wl.out_h if images > 1 else 1  # rows of pixels, from each of which tiles are cut
     if dense:
-        return _dense(rows, per_group, positions, cg, wl, target)
-    aligned = all(t[1] == t[2] == 0 for t in taps)
+        return _dense(rows, per_group, positions, rest, cg, wl, target)
+    aligned = images > 1 or all(t[1] == t[2] == 0 for t in taps)
     entries = max(stored, 1e-3) * cg * len(taps)
     best: tuple[float, Knobs] | None = None
-    for lanes in sorted({target.lanes, 8}, reverse=True):
+    for lanes in [images] if images > 1 else sorted({target.lanes, 8}, reverse=True):
         unit = 1.0 if lanes == target.lanes else NARROW[False]
         load = (NARROW[True] if lanes < target.lanes else 1.0) if aligned else CROSSING * unit
         total = -(-positions // lanes)
         for vectors in candidates(rows, total, lanes, target):
-            lines = lines_of_tile(taps, vectors * lanes, src.layout.row_pitch)
+            if images > 1:
+                lines = interleaved_lines(taps, vectors, wl.strides[1]) * images // 16
+            else:
+                lines = lines_of_tile(taps, vectors * lanes, src.layout.row_pitch)
             for blocks in sorted({min(cg, 1 << i) for i in range(8)} | {3, 5, 6, 10, 12}):
                 if blocks > cg:
                     continue
@@ -82,12 +94,15 @@ def default_knobs(
                 visit = VISIT + vectors * rows * unit * (2 if blocks > 1 else 1)
                 cost = total / vectors * (entries * entry + blocks * visit)
                 if best is None or cost < best[0]:
-                    best = cost, Knobs(rows, vectors, block, _chunks(total, vectors, wl.k // rows), False, lanes)
+                    chunks = _chunks(total * rest, vectors, wl.k // rows)
+                    best = cost, Knobs(rows, vectors, block, chunks, False, lanes)
     assert best is not None
     return best[1]
 
 
-def _dense(rows: int, per_group: int, positions: int, cg: int, wl: ConvWorkload, target: CpuTarget) -> Knobs:
+def _dense(
+    rows: int, per_group: int, positions: int, rest: int, cg: int, wl: ConvWorkload, target: CpuTarget
+) -> Knobs:
     """R x V of a dense layer. Whole registers: eight rows of one vector, whose weights are broadcast memory operands.
     Half registers where they waste fewer lanes (7x7, 14x14), and registers without broadcast operands (AVX2): six or
     three rows of four vectors, so that a weight is loaded once for all four; more accumulators spill."""
@@ -103,7 +118,7 @@ def _dense(rows: int, per_group: int, positions: int, cg: int, wl: ConvWorkload,
         wide = min(wide, 8)
     total = -(-positions // lanes)
     vectors = -(-total // -(-total // wide))
-    return Knobs(rows, vectors, cg, _chunks(total, vectors, wl.k // rows), True, lanes)
+    return Knobs(rows, vectors, cg, _chunks(total * rest, vectors, wl.k // rows), True, lanes)
 
 
 def _chunks(total: int, vectors: int, groups: int) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 from ..layout import Phases
 from ..target import CpuTarget
 from ..workload import LRNWorkload, PoolWorkload
-from . import convert, lrn, pooling, reduce, resize
+from . import convert, interleaved, lrn, pooling, reduce, resize
 from .pointwise import Slot
 
 
@@ -17,11 +17,15 @@ def _where(src: Slot, dst: Slot) -> dict[str, Any]:
 
 def emit_copy(src: Slot, dst: Slot, target: CpuTarget) -> Any:
     """The same tensor in another layout or slice."""
+    if max(src.layout.interleave, dst.layout.interleave) > 1:
+        return interleaved.emit_copy(src, dst)
     return convert.emit_convert(src.layout, dst.layout, target=target, **_where(src, dst))
 
 
 def emit_select(channels: tuple[int, ...], src: Slot, dst: Slot, target: CpuTarget) -> Any:
     """Channel i of ``dst`` is channel ``channels[i]`` of ``src``."""
+    if max(src.layout.interleave, dst.layout.interleave) > 1:
+        return interleaved.emit_copy(src, dst, channels)
     return convert.emit_gather_channels(channels, src.layout, dst.layout, target=target, **_where(src, dst))
 
 
@@ -44,4 +48,6 @@ def emit_lrn(workload: LRNWorkload, src: Slot, dst: Slot, target: CpuTarget) -> 
 
 def emit_global_avg_pool(src: Slot, dst: Slot, target: CpuTarget) -> Any:
     """Mean over the pixels of each channel; ``dst`` is f32[N, C, 1, 1]."""
+    if src.layout.interleave > 1:
+        return interleaved.emit_global_avg_pool(src, dst)
     return reduce.emit_global_pool("avg", src.layout, dst.layout, target=target, **_where(src, dst))

@@ -153,8 +153,9 @@ class Slot:
         return self.layout.front + self.channel * self.layout.c_pitch
 
     def at(self, c: Expr, n: Expr, y: Expr, x: Expr) -> Expr:
-        """Address of a pixel; ``c`` counts from the first channel of the tensor."""
-        return self.base + c * self.layout.c_pitch + n * self.layout.n_pitch + y * self.layout.row_pitch + x
+        """Address of a pixel (interleaved: of vector ``n`` of images); ``c`` counts from the tensor's first channel."""
+        lay = self.layout
+        return self.base + c * lay.c_pitch + n * lay.n_pitch + y * lay.row_pitch + x * lay.x_pitch
 
 
 def emit_pointwise(program: Program, tensors: tuple[Slot, ...], dst: Slot, target: CpuTarget) -> Any:

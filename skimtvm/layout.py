@@ -1,8 +1,8 @@
 """The one activation layout: where element (n, c, y, x) of a tensor lives in a flat float32 buffer.
 
-    address(n, c, y, x) = front + c * c_pitch + n * n_pitch + y * row_pitch + x
+    address(n, c, y, x) = front + c * c_pitch + n // L * n_pitch + n % L + y * row_pitch + x * x_pitch
 
-Two kinds of use of the same four numbers:
+Three kinds of use of the same numbers, in the first two of which L and x_pitch are 1:
 
 * *natural*: the NCHW bytes that users and ordinary operators see (front 0, row_pitch W, c_pitch H*W, n_pitch C*H*W).
 * *plane*: channel outermost, then batch, then the plane: ``[C][N * plane]``. Positions of all images of one channel
@@ -10,6 +10,9 @@ Two kinds of use of the same four numbers:
   gap of zeros that serves as the right padding of a row and the left padding of the next; images share their top and
   bottom gap in the same way. Channels start on 64-byte boundaries, an odd number of cache lines apart, so that a tile
   of many channels spreads over all sets of the L1 cache instead of a few.
+* *interleaved*: pixels outermost, then channels, then L images (those that fill a vector): ``[N / L][y][x][C][L]``. A
+  vector is one pixel of L images, so every tap of every stride is aligned and no lane is lost, and a tile of pixels is a
+  few contiguous runs; but a tile reads a whole line for each pixel that its taps reach.
 
 A convolution tap (r, s) is then a constant offset, whatever the kernel size, dilation or batch; a strided convolution
 reads *phase planes*, which are further channels of the same layout (see ``Phases``).
@@ -48,10 +51,14 @@ class Layout:
     front: int = 0
     tail: int = 0
     zero_halo: bool = False
+    x_pitch: int = 1
+    interleave: int = 1  # L
 
     @property
     def size(self) -> int:
         """Floats to allocate."""
+        if self.interleave > 1:
+            return self.front + self.n // self.interleave * self.n_pitch + self.tail
         if self.natural:
             return self.n * self.c * self.h * self.w
         return self.c * self.c_pitch + self.tail
@@ -62,6 +69,7 @@ class Layout:
         return (
             self.front == 0
             and self.tail == 0
+            and self.interleave == 1
             and self.row_pitch == self.w
             and self.c_pitch == self.h * self.w
             and (self.n == 1 or self.n_pitch == self.c * self.h * self.w)
@@ -69,8 +77,8 @@ class Layout:
 
     @property
     def plane(self) -> bool:
-        """True when the images of a channel follow each other, as the gather-GEMM kernels need."""
-        return self.n == 1 or self.n * self.n_pitch <= self.c_pitch
+        """True when the images of a channel follow each other, so that their positions form one run."""
+        return self.interleave == 1 and (self.n == 1 or self.n * self.n_pitch <= self.c_pitch)
 
     @property
     def positions(self) -> int:
@@ -78,7 +86,8 @@ class Layout:
         return (self.n - 1) * self.n_pitch + (self.h - 1) * self.row_pitch + self.w
 
     def address(self, n: int, c: int, y: int, x: int) -> int:
-        return self.front + c * self.c_pitch + n * self.n_pitch + y * self.row_pitch + x
+        image, lane = divmod(n, self.interleave)
+        return self.front + c * self.c_pitch + image * self.n_pitch + lane + y * self.row_pitch + x * self.x_pitch
 
     def with_channels(self, c: int) -> Layout:
         return dataclasses.replace(self, c=c)
@@ -139,6 +148,24 @@ def plane(n: int, c: int, h: int, w: int, space: Space, halo: Halo, lanes: int =
         pitch += LINE
     tail = round_up(halo.bottom * space.row_pitch + halo.right + space.n_pitch + 2 * max(lanes, LINE), LINE)
     return Layout(n, c, h, w, space.row_pitch, space.n_pitch, pitch, front, tail, bool(halo))
+
+
+def interleaved(n: int, c: int, h: int, w: int, halo: Halo, lanes: int) -> Layout:
+    """Interleaved layout of f32[n, c, h, w], where ``lanes`` divides n, with room for ``halo``.
+
+    Rows and images share their gaps as in ``plane``. Pixels are an odd number of vectors apart, so that one channel of the
+    pixels of a tile spreads over the sets of the L1 cache.
+    """
+    if n % lanes:
+        raise ValueError(f"{n} images do not divide into vectors of {lanes}")
+    x_pitch = (c | 1) * lanes
+    row_pitch = (w + max(halo.left, halo.right)) * x_pitch
+    gap = max(halo.top, halo.bottom) if n > lanes else 0
+    front = halo.top * row_pitch + halo.left * x_pitch
+    tail = max(0, halo.bottom - gap) * row_pitch
+    return Layout(
+        n, c, h, w, row_pitch, (h + gap) * row_pitch, lanes, front, tail, bool(halo), x_pitch=x_pitch, interleave=lanes
+    )
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from .relay_passes.layers import read_layer
 from .relay_passes.legalize_rest import legalize_rest
 from .relay_passes.lower_layers import LowerLayers
 from .relay_passes.per_image import mixing
-from .relay_passes.split_batch import compare, find_cut, halves
+from .relay_passes.split_batch import Cut, compare, find_cut, halves
 from .relay_passes.verify import verify_lowered
 from .report import LayerRecord
 from .target import CpuTarget
@@ -132,12 +132,15 @@ def run(
     if single is not None:
         parts = _split(mod, single, target, choices)
         if parts is not None:
-            first, second, batch, reason = parts
+            first, second, batch, cut = parts
             step("lower", 0.2)
+            rest = _lower(second, target, choices, dump, "", cut.interleave) if second is not None else None
+            if first is None:
+                assert rest is not None
+                return rest
             one = _lower(first, target, choices, dump, "image_")
-            rest = _lower(second, target, choices, dump, "") if second is not None else None
             reports = (one.layers, one.calls), (rest.layers, rest.calls) if rest else ((), ())
-            joined = Lowered(*join(one.mod, rest.mod if rest else None, reports, batch, target, reason))
+            joined = Lowered(*join(one.mod, rest.mod if rest else None, reports, batch, target, cut.reason))
             dump("join_batch", joined.mod)
             return joined
     step("lower", 0.2)
@@ -152,8 +155,8 @@ def _fuse(mod: tvm.IRModule, gates: bool) -> tvm.IRModule:
 
 def _split(
     mod: tvm.IRModule, single: tvm.IRModule, target: CpuTarget, choices: dict[str, Choice]
-) -> tuple[tvm.IRModule, tvm.IRModule | None, int, str] | None:
-    """Both halves of a network that gains from running its first layers image by image."""
+) -> tuple[tvm.IRModule | None, tvm.IRModule | None, int, Cut] | None:
+    """Both halves of a network that gains from running its first layers image by image, or from interleaved images."""
     batched, one = Graph.of(_fuse(mod, gates=False)), Graph.of(_fuse(single, gates=False))
     if batched is None or one is None:
         return None
@@ -161,13 +164,17 @@ def _split(
     if compare(one, batched, batch):
         return None
     cut = find_cut(one, batched, batch, choices, target)
-    return (*halves(one, batched, cut), batch, cut.reason) if cut.index else None
+    if cut.index:
+        return (*halves(one, batched, cut), batch, cut)
+    return (None, batched.mod, batch, cut) if cut.interleave > 1 else None
 
 
-def _lower(mod: tvm.IRModule, target: CpuTarget, choices: dict[str, Choice], dump: _Dump, prefix: str) -> Lowered:
+def _lower(
+    mod: tvm.IRModule, target: CpuTarget, choices: dict[str, Choice], dump: _Dump, prefix: str, interleave: int = 1
+) -> Lowered:
     """Fused module -> kernel calls."""
     # 4. flat activation buffers, kernels of our own
-    lower: Any = LowerLayers(target, choices)
+    lower: Any = LowerLayers(target, choices, interleave)
     mod = lower(mod)
     dump(f"{prefix}lower_layers", mod, lower.plan.describe() if lower.plan else "")
     # 5. everything else: TVM's definitions of the operators, under a generic schedule

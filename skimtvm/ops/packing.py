@@ -14,7 +14,8 @@ from ..target import CpuTarget
 def addresses(layout: Layout, channel: int = 0) -> np.ndarray:
     """int64[N, C, H, W]: where each pixel of a tensor lives whose channel 0 is channel ``channel`` of its buffer."""
     n, c, y, x = np.ogrid[: layout.n, channel : channel + layout.c, : layout.h, : layout.w]
-    return layout.front + c * layout.c_pitch + n * layout.n_pitch + y * layout.row_pitch + x
+    image = n // layout.interleave * layout.n_pitch + n % layout.interleave
+    return layout.front + c * layout.c_pitch + image + y * layout.row_pitch + x * layout.x_pitch
 
 
 def pack(
@@ -61,7 +62,11 @@ def check_output(
     others[addresses(layout, channel)] = False
     if layout.zero_halo:
         own = np.zeros(buffer.size, bool)
-        own[channel * layout.c_pitch : (channel + layout.c) * layout.c_pitch] = True
+        if layout.interleave > 1:
+            first = np.arange(0, layout.size, layout.x_pitch) + channel * layout.c_pitch
+            own[first[:, None] + np.arange(layout.c * layout.c_pitch)] = True
+        else:
+            own[channel * layout.c_pitch : (channel + layout.c) * layout.c_pitch] = True
         halo = np.flatnonzero(others & own & ~(buffer == 0))
         assert halo.size == 0, f"{halo.size} floats of the halo are not 0, the first at {halo[0]}"
         others &= ~own

@@ -13,7 +13,8 @@ from skimtvm.workload import ConvWorkload
 def pixel_index(layout: Layout) -> np.ndarray[Any, Any]:
     """int64[N, C, H, W]: address of every pixel."""
     n, c, y, x = np.ix_(*(np.arange(d) for d in (layout.n, layout.c, layout.h, layout.w)))
-    return layout.front + c * layout.c_pitch + n * layout.n_pitch + y * layout.row_pitch + x
+    images = n // layout.interleave * layout.n_pitch + n % layout.interleave
+    return layout.front + c * layout.c_pitch + images + y * layout.row_pitch + x * layout.x_pitch
 
 
 def pack(layout: Layout, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -1,0 +1,142 @@
+"""Interleaved layouts (a vector is one pixel of 16 or 8 images): the kernel family and its neighbours against float64."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+
+from skimtvm.errors import InternalError
+from skimtvm.layout import Halo, Layout, interleaved, natural
+from skimtvm.ops.packing import addresses, check_output, pack, run_kernel
+from skimtvm.schedules import conv2d as conv
+from skimtvm.schedules import gather_gemm, moves
+from skimtvm.schedules import interleaved as kernels
+from skimtvm.schedules.pointwise import Instr, Program, Slot
+from skimtvm.target import TARGETS
+from skimtvm.workload import ConvWorkload
+
+from .helpers import conv_reference, gamma
+from .test_gather_gemm import BIAS_ADD_RELU, FORMATS, PADDED, W, weights
+
+TARGET, AVX2 = TARGETS["znver4"], TARGETS["haswell"]
+WORKLOADS = {
+    "same3x3": W(16, 5, 9, 7, 3, p=1),
+    "two-vectors-of-images": W(32, 3, 7, 9, 3, p=1),
+    "3x3s2": W(16, 4, 13, 8, 3, 2, 1),
+    "7x7s2": W(16, 3, 23, 9, 7, 2, 3),
+    "5x5s3-asymmetric": W(32, 4, 11, 5, 5, 3, (1, 0, 2, 1)),
+    "groups-asymmetric": W(16, 6, 10, 12, 3, p=(0, 1, 2, 0), g=2),
+    "depthwise-dilated": W(16, 8, 12, 8, 3, p=2, d=2, g=8),
+    "1x1s2-wide": W(16, 7, 8, 5, 1, 2, w=17),
+    "one-pixel": W(16, 16, 1, 8, 1),
+    "channel-blocks": W(16, 96, 6, 10, 3, p=1),
+}
+
+
+def slot(n: int, c: int, h: int, w: int, halo: Halo = Halo(), lanes: int = 16) -> Slot:
+    layout = interleaved(n, c, h, w, halo, lanes)
+    return Slot(layout, layout.size)
+
+
+def check(wl: ConvWorkload, fmt: str, target: Any, *, residual: bool = False, out_halo: Halo = PADDED, **knobs: int) -> None:  # fmt: skip
+    density, rows, dense = FORMATS[fmt]
+    rng = np.random.default_rng(7)
+    x = rng.standard_normal((wl.n, wl.c, wl.h, wl.w)).astype(np.float32)
+    w, bias = weights(rng, wl, density, rows), rng.standard_normal(wl.k).astype(np.float32)
+    res = rng.standard_normal(wl.out_shape).astype(np.float32)
+    src = slot(wl.n, wl.c, wl.h, wl.w, conv.halo(wl, interleaved=True), target.lanes)
+    dst, side = slot(*wl.out_shape, out_halo, target.lanes), slot(*wl.out_shape, Halo(0, 2, 0, 0), target.lanes)
+    chosen = dataclasses.replace(conv.default_knobs(wl, rows, dense, src, dst, target, density), **knobs)
+    program = BIAS_ADD_RELU if residual else Program((Instr("add", ("t0", "c0")),), 1, 1)
+    kernel = conv.build(wl, w, src, dst, chosen, epilogue=program, tensors=(side,) if residual else ())
+    inputs = [pack(x, src.layout, fill=0.0), *kernel.constants, bias]
+    inputs += [pack(res, side.layout, fill=7e5)] if residual else []
+    got = run_kernel(gather_gemm.emit(kernel.gemm), inputs, dst.size, target)
+    want = conv_reference(wl, x, w) + bias[:, None, None]
+    scale = conv_reference(wl, np.abs(x), np.abs(w)) + np.abs(bias)[:, None, None] + residual * np.abs(res)
+    if residual:
+        want = np.maximum(want + res, 0)
+    error = np.abs(got[addresses(dst.layout)] - want)
+    assert (error <= gamma(wl.row_length) * scale + 1e-30).all(), f"largest error {error.max():.2e}"
+    check_output(got, got[addresses(dst.layout)], dst.layout)
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+@pytest.mark.parametrize("fmt", ["dense", "csr", "bsr4"])
+def test_convolution(name: str, fmt: str) -> None:
+    wl = WORKLOADS[name]
+    if fmt == "bsr4" and wl.k // wl.groups % 4:
+        pytest.skip("blocks of 4 do not divide the output channels")
+    check(wl, fmt, TARGET)
+
+
+def test_residual_of_another_pitch() -> None:
+    check(WORKLOADS["same3x3"], "csr", TARGET, residual=True)
+    check(WORKLOADS["3x3s2"], "dense", TARGET, residual=True, out_halo=Halo())
+
+
+def test_half_the_images_on_avx2() -> None:
+    check(W(8, 5, 9, 7, 3, p=1), "csr", AVX2)
+    check(W(24, 5, 9, 7, 3, 2, 1), "dense", AVX2, residual=True)
+
+
+def test_blocks_of_channels_in_several_chunks() -> None:
+    check(WORKLOADS["channel-blocks"], "csr", TARGET, channel_block=17, chunks=3, vectors=4)
+    check(WORKLOADS["channel-blocks"], "csr-empty", TARGET)
+
+
+def test_planes_and_interleaved_layouts_do_not_mix() -> None:
+    wl = WORKLOADS["same3x3"]
+    src, dst = slot(wl.n, wl.c, wl.h, wl.w, PADDED), natural(*wl.out_shape)
+    knobs = conv.default_knobs(wl, 1, False, src, slot(*wl.out_shape), TARGET)
+    with pytest.raises(InternalError, match="only one of source and output is interleaved"):
+        conv.build(wl, np.ones(wl.weight_shape, np.float32), src, Slot(dst, dst.size), knobs)
+
+
+@pytest.mark.parametrize("halo", [Halo(), Halo(1, 1, 1, 1), Halo(2, 0, 1, 1)])
+@pytest.mark.parametrize("images", [16, 48])
+def test_copies_there_and_back(halo: Halo, images: int) -> None:
+    x = np.random.default_rng(1).standard_normal((images, 19, 5, 3)).astype(np.float32)
+    plain, mixed = natural(*x.shape), interleaved(*x.shape, halo, 16)
+    there = run_kernel(moves.emit_copy(Slot(plain, plain.size), Slot(mixed, mixed.size), TARGET), [x.reshape(-1)], mixed.size, TARGET)  # fmt: skip
+    check_output(there, x, mixed)
+    back = run_kernel(moves.emit_copy(Slot(mixed, mixed.size), Slot(plain, plain.size), TARGET), [there], plain.size, TARGET)  # fmt: skip
+    np.testing.assert_array_equal(back.reshape(x.shape), x)
+
+
+def test_copy_of_chosen_channels_into_a_slice() -> None:
+    x = np.random.default_rng(1).standard_normal((16, 20, 3, 4)).astype(np.float32)
+    channels = (4, 5, 6, 1, 19, 0)
+    src, whole = slot(*x.shape, PADDED), interleaved(16, 9, 3, 4, PADDED, 16)
+    dst = Slot(dataclasses.replace(whole, c=len(channels)), whole.size, 2)
+    got = run_kernel(moves.emit_select(channels, src, dst, TARGET), [pack(x, src.layout)], dst.size, TARGET)
+    check_output(got, x[:, list(channels)], dst.layout, channel=2)
+
+
+def test_element_wise_program() -> None:
+    rng = np.random.default_rng(2)
+    x, y = rng.standard_normal((2, 16, 7, 5, 6)).astype(np.float32)
+    c = rng.standard_normal(7).astype(np.float32)
+    program = Program((Instr("add", ("t0", "t1")), Instr("multiply", ("v0", "c0")), Instr("nn.relu", ("v1",))), 2, 1)
+    a, b, dst = slot(*x.shape, PADDED), slot(*x.shape), slot(*x.shape, Halo(1, 0, 0, 2))
+    got = run_kernel(kernels.emit_pointwise(program, (a, b), dst), [pack(x, a.layout), pack(y, b.layout), c], dst.size, TARGET)  # fmt: skip
+    check_output(got, np.maximum((x + y) * c[:, None, None], 0), dst.layout)
+
+
+def test_global_average() -> None:
+    x = np.random.default_rng(3).standard_normal((32, 9, 5, 4)).astype(np.float32)
+    src, goal = slot(*x.shape, PADDED), natural(32, 9, 1, 1)
+    got = run_kernel(moves.emit_global_avg_pool(src, Slot(goal, goal.size), TARGET), [pack(x, src.layout)], goal.size, TARGET)  # fmt: skip
+    np.testing.assert_allclose(got.reshape(32, 9), x.mean((2, 3)), rtol=1e-5, atol=1e-6)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(ValueError, match="do not divide"):
+        interleaved(17, 1, 1, 1, Halo(), 16)
+    small, large = slot(16, 3, 4, 4), natural(16, 3, 5, 4)
+    with pytest.raises(InternalError, match="no copy"):
+        moves.emit_copy(small, Slot(large, large.size), TARGET)
+    assert isinstance(small.layout, Layout)
