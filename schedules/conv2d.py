@@ -171,6 +171,7 @@ def build(
         epilogue=epilogue or Program(),
         tensors=tensors,
         strides=wl.strides if s.interleave > 1 else (1, 1),
+        below=max(t[1] for t in taps(wl, interleaved=True)) if s.interleave > 1 else 0,
     )
     constants: list[Array] = []
     for m in matrices:

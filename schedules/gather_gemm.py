@@ -88,6 +88,7 @@ class Gemm:
     epilogue: Program
     tensors: tuple[Slot, ...] = ()  # t1, t2, ...: residuals
     strides: tuple[int, int] = (1, 1)  # of source pixels, in interleaved layouts
+    below: int = 0  # rows of the source that the taps reach below a pixel, in interleaved layouts
 
     @property
     def interleaved(self) -> bool:
@@ -126,6 +127,7 @@ def row_count(runs: tuple[RowRun, ...]) -> int:
 # ahead by hand: floats of a dense stream, lines of the lists that the next row groups of a sparse one will need.
 DENSE_AHEAD = 512
 CSR_LINES = 4
+FETCH_MOST = 16  # lines of the next source tile that one row group fetches
 
 
 class _Run:
@@ -286,6 +288,8 @@ class _Body:
                 fetch(r.off, high + line * LINE)
                 for part in range(min(run.rows, 4)):
                     fetch(r.data, (high + line * LINE) * run.rows + part * LINE)
+            if gemm.interleaved:
+                self._fetch_ahead(r, block * run.groups + g, start, vectors)
             base, skip = B.bind(gemm.src.base + start), 0
         with _span(low, high) as e:
             if r.ip is None:
@@ -296,6 +300,17 @@ class _Body:
                 x = B.bind(vector(self.src, at + v * step, lanes))
                 for i in range(run.rows):
                     put(i, v, get(i, v) + broadcast(weights[i], lanes) * x)
+
+    def _fetch_ahead(self, r: _Run, visit: Any, start: Any, vectors: int) -> None:
+        """Fetch a share of the next tile's source: its pixels follow in memory, but are read in no order that the hardware
+        would foresee. Rows above the lowest that the taps reach were read before."""
+        gemm, lay = self.gemm, self.gemm.src.layout
+        step = vectors * gemm.strides[1] * lay.x_pitch
+        lines = -(-step // LINE)
+        share = min(-(-lines // (r.run.groups * r.run.blocks)), FETCH_MOST)
+        at = B.bind(gemm.src.base + start + gemm.below * lay.row_pitch + step + visit * (share * LINE))
+        for i in range(share):
+            fetch(self.src, at + i * LINE)
 
     def _finish(self, row: Any, q: _Tile, outs: Any, get: Any, rows: int, vectors: int, edges: Any, total: int) -> None:
         """Epilogue, mask, store; the zeros around the pixels come with the first and the last tile."""
