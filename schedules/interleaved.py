@@ -15,8 +15,6 @@ from ..errors import InternalError
 from .emit import Expr, broadcast, finish, kernel_attrs, store, vector
 from .pointwise import Program, Slot
 
-CHANNELS = 16  # of a pixel that a copy handles together: 1 KB in a row on the interleaved side
-
 
 def zero_halo(out: Expr, slot: Slot) -> None:
     """Zero the channels of ``slot`` in every pixel that is padding."""
@@ -54,39 +52,65 @@ def _kernel(slots: Sequence[tuple[str, int]], body: Callable[..., None]) -> Any:
 def emit_copy(src: Slot, dst: Slot, channels: Sequence[int] | None = None) -> Any:
     """Channel i of ``dst`` becomes channel ``channels[i]`` (default: i) of ``src``; one or both are interleaved.
 
-    PrimFunc(src f32[src.size], dst f32[dst.size]). Between a plane and an interleaved layout every vector is gathered or
-    scattered float by float. Raises InternalError if the tensors differ in shape, or for a plane with a halo.
+    PrimFunc(src f32[src.size], dst f32[dst.size]). Rows of a plane that hold a vector are interleaved by transposing
+    squares of pixels and images in registers; elsewhere, and on the way back, floats move one by one. Raises InternalError
+    if the tensors differ in shape, or for a plane with a halo.
     """
     s, d = src.layout, dst.layout
     lanes = max(s.interleave, d.interleave)
-    if (s.n, s.h, s.w) != (d.n, d.h, d.w) or (len(channels) if channels else s.c) != d.c or min(s.interleave, d.interleave) not in (1, lanes):  # fmt: skip
+    same = (s.n, s.h, s.w, len(channels) if channels else s.c) == (d.n, d.h, d.w, d.c)
+    if not same or min(s.interleave, d.interleave) not in (1, lanes):
         raise InternalError(f"no copy from {s} to {d}")
     if d.interleave == 1 and d.zero_halo:
         raise InternalError(f"no copy from an interleaved layout to a plane with a halo: {d}")
     runs = _runs(channels or range(d.c))
-
-    def span(slot: Slot, n: Expr, y: Expr, x: Expr, c: Expr) -> Any:
-        lay = slot.layout
-        if lay.interleave > 1:
-            return B.Ramp(slot.at(c, n, y, x), 1, lanes)
-        return B.Ramp(slot.at(c, n * lanes, y, x), lay.n_pitch, lanes)
+    # Rows that follow each other on both sides are one.
+    joined = all(lay.row_pitch == lay.w * lay.x_pitch for lay in (s, d))
+    height, width = (1, d.h * d.w) if joined else (d.h, d.w)
+    square = s.interleave == 1 and width >= lanes
 
     def body(source: Expr, out: Expr) -> None:
         if d.zero_halo:
             zero_halo(out, dst)
-        with B.parallel(0, d.n // lanes * d.h) as i:
-            n, y = B.bind(B.floordiv(i, d.h)), B.bind(B.floormod(i, d.h))
+        steps = -(-width // lanes) if square else 1
+        with B.parallel(0, d.n // lanes * height * steps) as i:
+            n, y = B.bind(B.floordiv(i, height * steps)), B.bind(B.floormod(B.floordiv(i, steps), height))
             for first, start, count in runs:
-                for block, width in ((count // CHANNELS, CHANNELS), (1, count % CHANNELS)):
-                    if not block * width:
-                        continue
-                    done = 0 if width == CHANNELS else count - width
-                    with B.serial(0, block) as b, B.serial(0, d.w) as x, B.serial(0, width) as c:
-                        at = done + b * CHANNELS + c
-                        value = source[span(src, n, y, x, first + at)]
-                        B.buffer_store(out, value, [span(dst, n, y, x, start + at)])
+                if square:
+                    # The last square of a row overlaps its neighbour.
+                    x = B.bind(B.min(B.floormod(i, steps) * lanes, width - lanes))
+                    with B.serial(0, count) as c:
+                        _square(source, src, out, dst, (n, y, x), (first + c, start + c))
+                else:
+                    with B.serial(0, width) as x, B.serial(0, count) as c:
+                        value = source[_span(src, n, y, x, first + c, lanes)]
+                        B.buffer_store(out, value, [_span(dst, n, y, x, start + c, lanes)])
 
     return _kernel((("src", src.size), ("dst", dst.size)), body)
+
+
+def _span(slot: Slot, n: Expr, y: Expr, x: Expr, c: Expr, lanes: int) -> Any:
+    """Index of one pixel of vector ``n`` of images."""
+    if slot.layout.interleave > 1:
+        return B.Ramp(slot.at(c, n, y, x), 1, lanes)
+    return B.Ramp(slot.at(c, n * lanes, y, x), slot.layout.n_pitch, lanes)
+
+
+def _square(source: Expr, src: Slot, out: Expr, dst: Slot, at: tuple[Expr, Expr, Expr], c: tuple[Expr, Expr]) -> None:
+    """As many pixels of a row as images fit a vector: log2(lanes) rounds of shuffles, each swapping halves of pairs."""
+    (n, y, x), lanes = at, dst.layout.interleave
+    rows = [B.bind(vector(source, src.at(c[0], n * lanes + i, y, x), lanes)) for i in range(lanes)]
+    half = lanes // 2
+    while half:
+        low = [B.int32(j if not j & half else lanes + (j ^ half)) for j in range(lanes)]
+        high = [B.int32(j ^ half if not j & half else lanes + j) for j in range(lanes)]
+        for i in range(lanes):
+            if not i & half:
+                pair = [rows[i], rows[i | half]]
+                rows[i], rows[i | half] = B.bind(B.Shuffle(pair, low)), B.bind(B.Shuffle(pair, high))
+        half //= 2
+    for i, row in enumerate(rows):
+        store(out, row, dst.at(c[1], n, y, x + i), lanes)
 
 
 def _runs(channels: Sequence[int]) -> list[tuple[int, int, int]]:

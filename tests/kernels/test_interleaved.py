@@ -97,9 +97,9 @@ def test_planes_and_interleaved_layouts_do_not_mix() -> None:
 
 
 @pytest.mark.parametrize("halo", [Halo(), Halo(1, 1, 1, 1), Halo(2, 0, 1, 1)])
-@pytest.mark.parametrize("images", [16, 48])
-def test_copies_there_and_back(halo: Halo, images: int) -> None:
-    x = np.random.default_rng(1).standard_normal((images, 19, 5, 3)).astype(np.float32)
+@pytest.mark.parametrize("shape", [(16, 19, 5, 3), (48, 3, 5, 7), (32, 2, 4, 37), (16, 5, 1, 1)])
+def test_copies_there_and_back(halo: Halo, shape: tuple[int, ...]) -> None:
+    x = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
     plain, mixed = natural(*x.shape), interleaved(*x.shape, halo, 16)
     there = run_kernel(moves.emit_copy(Slot(plain, plain.size), Slot(mixed, mixed.size), TARGET), [x.reshape(-1)], mixed.size, TARGET)  # fmt: skip
     check_output(there, x, mixed)
