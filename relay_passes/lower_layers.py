@@ -34,8 +34,8 @@ Chooser = Callable[[Layer], Choice]
 
 @tvm.transform.module_pass(opt_level=0, name="LowerLayers")
 class LowerLayers:
-    """``choices``: kernel of each layer by name; ``interleave``: images that share a vector (1: planes). After the run ``calls`` holds (function name, record) of every kernel
-    call in execution order and ``plan`` the places."""
+    """``choices``: kernel of each layer by name; ``interleave``: images that share a vector (1: planes). After the run
+    ``calls`` holds (function name, record) of every kernel call in execution order and ``plan`` the places."""
 
     def __init__(self, target: CpuTarget, choices: Mapping[str, Choice], interleave: int = 1) -> None:
         self.target, self.choices, self.interleave = target, choices, interleave

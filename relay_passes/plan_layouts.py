@@ -5,7 +5,8 @@ convolution and its input, residual operands, the parts of a concatenation. A sp
 the padding that the widest kernel on it needs; a value has zeros around its pixels only if a consumer's taps reach there.
 A strided convolution reads phase planes, which live in the space of its output. Spaces without a convolution are natural
 NCHW. Batches that fill vectors may be interleaved instead, where there are no spaces or phases and only zeros around
-pixels remain to be planned. The parts of a channel concatenation are written straight into slices of its buffer where their producers can.
+pixels remain to be planned. The parts of a channel concatenation are written straight into slices of its buffer where
+their producers can.
 """
 
 from __future__ import annotations

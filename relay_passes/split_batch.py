@@ -2,9 +2,9 @@
 
 Big activations (56x56 and 28x28 planes of a batch of 16) leave the last-level cache between layers; big weights (fully
 connected layers, 7x7 convolutions) are read once a batch instead of once an image. The network is cut at a value that is
-the only one alive there, where the model below expects the least time; behind the cut, as many images as fill a vector may be
-interleaved (``layout.py``), which wastes no lane and aligns every tap. Both halves come from the same simplification at
-batch 1 and at batch N; they are the same graph, operator by operator, or the network is left whole (an operator that
+the only one alive there, where the model below expects the least time; behind the cut, as many images as fill a vector
+may be interleaved (``layout.py``), which wastes no lane and aligns every tap. Both halves come from one simplification
+at batch 1 and at batch N; they are the same graph, operator by operator, or the network is left whole (an operator that
 mixes images would show as a difference).
 """
 

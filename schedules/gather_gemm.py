@@ -164,7 +164,8 @@ class _Tile:
     """Where a tile of vectors lies in each tensor. ``first``: its first vector in row ``row``."""
 
     def __init__(self, gemm: Gemm, row: Any, first: Any) -> None:
-        self.gemm, self.row, self.first, self.known = gemm, row, first, {}
+        self.gemm, self.row, self.first = gemm, row, first
+        self.known: dict[tuple[Layout, tuple[int, int]], Any] = {}
 
     def at(self, slot: Slot, strides: tuple[int, int] = (1, 1)) -> Any:
         """Floats from the first pixel of a channel to the first vector."""

@@ -140,7 +140,10 @@ def emit_pointwise(program: Program, tensors: tuple[Slot, ...], dst: Slot) -> An
         with B.parallel(0, lay.n // lanes * lay.h) as i:
             n, y = B.bind(B.floordiv(i, lay.h)), B.bind(B.floormod(i, lay.h))
             with B.serial(0, lay.w) as x, B.serial(0, lay.c) as c:
-                operands = {f"t{j}": vector(b, s.at(c, n, y, x), lanes) for j, (s, b) in enumerate(zip(tensors, ts, strict=True))}  # fmt: skip
+                operands = {
+                    f"t{j}": vector(buffer, slot.at(c, n, y, x), lanes)
+                    for j, (slot, buffer) in enumerate(zip(tensors, ts, strict=True))
+                }
                 operands |= {f"c{j}": broadcast(b[c], lanes) for j, b in enumerate(cs)}
                 store(out, program.evaluate(operands, lanes), dst.at(c, n, y, x), lanes)
 

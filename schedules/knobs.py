@@ -100,9 +100,7 @@ def default_knobs(
     return best[1]
 
 
-def _dense(
-    rows: int, per_group: int, positions: int, rest: int, cg: int, wl: ConvWorkload, target: CpuTarget
-) -> Knobs:
+def _dense(rows: int, per_group: int, positions: int, rest: int, cg: int, wl: ConvWorkload, target: CpuTarget) -> Knobs:
     """R x V of a dense layer. Whole registers: eight rows of one vector, whose weights are broadcast memory operands.
     Half registers where they waste fewer lanes (7x7, 14x14), and registers without broadcast operands (AVX2): six or
     three rows of four vectors, so that a weight is loaded once for all four; more accumulators spill."""

@@ -21,6 +21,7 @@ from skimtvm.workload import ConvWorkload
 from .helpers import conv_reference, gamma
 from .test_gather_gemm import BIAS_ADD_RELU, FORMATS, PADDED, W, weights
 
+NONE = Halo()
 TARGET, AVX2 = TARGETS["znver4"], TARGETS["haswell"]
 WORKLOADS = {
     "same3x3": W(16, 5, 9, 7, 3, p=1),
@@ -36,12 +37,14 @@ WORKLOADS = {
 }
 
 
-def slot(n: int, c: int, h: int, w: int, halo: Halo = Halo(), lanes: int = 16) -> Slot:
+def slot(n: int, c: int, h: int, w: int, halo: Halo = NONE, lanes: int = 16) -> Slot:
     layout = interleaved(n, c, h, w, halo, lanes)
     return Slot(layout, layout.size)
 
 
-def check(wl: ConvWorkload, fmt: str, target: Any, *, residual: bool = False, out_halo: Halo = PADDED, **knobs: int) -> None:  # fmt: skip
+def check(
+    wl: ConvWorkload, fmt: str, target: Any, *, residual: bool = False, out_halo: Halo = PADDED, **knobs: int
+) -> None:
     density, rows, dense = FORMATS[fmt]
     rng = np.random.default_rng(7)
     x = rng.standard_normal((wl.n, wl.c, wl.h, wl.w)).astype(np.float32)
@@ -101,9 +104,10 @@ def test_planes_and_interleaved_layouts_do_not_mix() -> None:
 def test_copies_there_and_back(halo: Halo, shape: tuple[int, ...]) -> None:
     x = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
     plain, mixed = natural(*x.shape), interleaved(*x.shape, halo, 16)
-    there = run_kernel(moves.emit_copy(Slot(plain, plain.size), Slot(mixed, mixed.size), TARGET), [x.reshape(-1)], mixed.size, TARGET)  # fmt: skip
+    one, other = Slot(plain, plain.size), Slot(mixed, mixed.size)
+    there = run_kernel(moves.emit_copy(one, other, TARGET), [x.reshape(-1)], mixed.size, TARGET)
     check_output(there, x, mixed)
-    back = run_kernel(moves.emit_copy(Slot(mixed, mixed.size), Slot(plain, plain.size), TARGET), [there], plain.size, TARGET)  # fmt: skip
+    back = run_kernel(moves.emit_copy(other, one, TARGET), [there], plain.size, TARGET)
     np.testing.assert_array_equal(back.reshape(x.shape), x)
 
 
@@ -122,14 +126,16 @@ def test_element_wise_program() -> None:
     c = rng.standard_normal(7).astype(np.float32)
     program = Program((Instr("add", ("t0", "t1")), Instr("multiply", ("v0", "c0")), Instr("nn.relu", ("v1",))), 2, 1)
     a, b, dst = slot(*x.shape, PADDED), slot(*x.shape), slot(*x.shape, Halo(1, 0, 0, 2))
-    got = run_kernel(kernels.emit_pointwise(program, (a, b), dst), [pack(x, a.layout), pack(y, b.layout), c], dst.size, TARGET)  # fmt: skip
+    inputs = [pack(x, a.layout), pack(y, b.layout), c]
+    got = run_kernel(kernels.emit_pointwise(program, (a, b), dst), inputs, dst.size, TARGET)
     check_output(got, np.maximum((x + y) * c[:, None, None], 0), dst.layout)
 
 
 def test_global_average() -> None:
     x = np.random.default_rng(3).standard_normal((32, 9, 5, 4)).astype(np.float32)
     src, goal = slot(*x.shape, PADDED), natural(32, 9, 1, 1)
-    got = run_kernel(moves.emit_global_avg_pool(src, Slot(goal, goal.size), TARGET), [pack(x, src.layout)], goal.size, TARGET)  # fmt: skip
+    func = moves.emit_global_avg_pool(src, Slot(goal, goal.size), TARGET)
+    got = run_kernel(func, [pack(x, src.layout)], goal.size, TARGET)
     np.testing.assert_allclose(got.reshape(32, 9), x.mean((2, 3)), rtol=1e-5, atol=1e-6)
 
 

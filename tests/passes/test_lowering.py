@@ -118,7 +118,7 @@ def test_split_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     y = net.op("Gemm", y, net.const(net.rng.standard_normal((12, 5)).astype(np.float32)))
     model = net.model(y)
     for index in (1, 2, 3, 5):
-        monkeypatch.setattr(pipeline, "find_cut", lambda *a, i=index: Cut(i, "test"))
+        monkeypatch.setattr(pipeline, "find_cut", lambda *a, i=index: Cut(i, 1, "test"))
         compiled = check(model)
         first = compiled.manifest.calls.count(
             next(i for i, r in enumerate(compiled.manifest.layers) if r.op == "conv2d")
