@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import math
 import os
+import re
 import shlex
 import shutil
 import stat
@@ -35,6 +36,7 @@ MAGIC = b"SkimTVM\x1a"
 FOOTER = struct.Struct("<QQIIII8s")
 _CHUNK = 1 << 20
 _ELF64_HEADER = 64
+_DTYPE = re.compile("bool|float(16|32|64)|u?int(8|16|32|64)")
 _NOISE = (b"Scope Saving:", b"Scope Loaded:")
 _stderr_lock = threading.Lock()
 
@@ -208,6 +210,8 @@ def _check(m: Manifest) -> None:
         raise ValueError
     tables = [(m.layers, m.calls), *((v.layers, v.calls) for v in m.variants)]
     if any(k >= len(layers) for layers, calls in tables for k in calls):
+        raise ValueError
+    if not all(_DTYPE.fullmatch(s.dtype) and 8 * math.prod(s.shape) < 1 << 63 for s in (*m.inputs, *m.outputs)):
         raise ValueError
     _check_batches(m)
 

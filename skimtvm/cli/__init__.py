@@ -19,6 +19,7 @@ from .bench import bench_command
 from .compile import compile_command
 from .demo import demo_command
 from .inspect import inspect_command
+from .package import package_command
 from .plot import plot_command
 from .profile import profile_command
 from .prune import prune_command
@@ -90,6 +91,7 @@ for _command in (
     serve_command,
     inspect_command,
     profile_command,
+    package_command,
     demo_command,
     bench_command,
     prune_command,
