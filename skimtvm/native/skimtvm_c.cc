@@ -9,6 +9,7 @@
 #include <cstring>
 #include <exception>
 #include <functional>
+#include <iterator>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -108,13 +109,15 @@ std::shared_ptr<Library> load(const std::string& path) {
   if (real.size() < 3 || real.compare(real.size() - 3, 3, ".so") != 0)
     throw Error(SKIMTVM_BAD_MODULE, "module '" + path + "': the name of the file must end in .so; rename it");
   std::lock_guard<std::mutex> guard(*lock);
-  auto& slot = (*loaded)[Identity{s.st_dev, s.st_ino, s.st_size, s.st_mtim.tv_sec, s.st_mtim.tv_nsec}];
-  if (auto library = slot.lock()) return library;
+  Identity identity{s.st_dev, s.st_ino, s.st_size, s.st_mtim.tv_sec, s.st_mtim.tv_nsec};
+  for (auto it = loaded->begin(); it != loaded->end();) it = it->second.expired() ? loaded->erase(it) : std::next(it);
+  if (auto found = loaded->find(identity); found != loaded->end())
+    if (auto library = found->second.lock()) return library;
   auto library = std::make_shared<Library>();
   library->manifest = read_manifest(real);
   check_compatible(library->manifest, path);
   library->module = call(global("ffi.ModuleLoadFromFile"), Value::view_of_text(real.c_str()));
-  slot = library;
+  (*loaded)[identity] = library;
   return library;
 }
 

@@ -244,6 +244,7 @@ import os, time
 end = time.time() + 20  # a Python thread may outlive its join() by a moment
 while len(os.listdir("/proc/self/task")) > 1 and time.time() < end: time.sleep(0.01)
 assert len(os.listdir("/proc/self/task")) == 1, "threads are left"
+assert sys.argv[2] not in open("/proc/self/maps").read(), "the module is still mapped"
 print("ok")
 """
     assert c_interface(bundle, body, bundle / "several.so") == "ok\n"
