@@ -119,31 +119,43 @@ class FlatValues:
         size: int,
         record: LayerRecord,
         out: Any = None,
+        workspace: int = 0,
     ) -> Any:
+        """``workspace``: floats of scratch, the last argument of the kernel; they take part in the plan of memory."""
         gv = self._function(key, name, make)
         ty = relax.TensorType((size,), "float32")
+        types: Any = [ty, relax.TensorType((workspace,), "float32")] if workspace else ty
         if out is None:
-            call = relax.call_tir(gv, args, out_ty=ty)
+            call = relax.call_tir(gv, args, out_ty=types)
         else:
-            call = relax.op.call_tir_inplace(gv, [*args, out], inplace_indices=[len(args)], out_ty=ty)
+            inplace = [len(args), -1] if workspace else [len(args)]
+            call = relax.op.call_tir_inplace(gv, [*args, out], inplace_indices=inplace, out_ty=types)
         self.calls.append(
             (gv.name_hint, dataclasses.replace(record, kernel=record.kernel or name, symbol=gv.name_hint))
         )
-        return self.bb.emit(call)
+        result = self.bb.emit(call)
+        return self.bb.emit(relax.TupleGetItem(result, 0)) if workspace else result
 
     def _write(
-        self, key: Key, cache: Any, name: str, make: Callable[[], Any], args: list[Any], record: LayerRecord
+        self,
+        key: Key,
+        cache: Any,
+        name: str,
+        make: Callable[[], Any],
+        args: list[Any],
+        record: LayerRecord,
+        workspace: int = 0,
     ) -> None:
         """Call a kernel whose result is ``key``, into its own buffer or into a slice of its root's."""
         place = self.plan.places[key]
         size = place.root_layout.size
         if place.root == key:
-            self.buffers[key] = self._call(cache, name, make, args, size, record)
+            self.buffers[key] = self._call(cache, name, make, args, size, record, workspace=workspace)
         else:
             if place.root not in self.buffers:
                 self.buffers[place.root] = self._allocate(size)
             old = self.buffers[place.root]
-            self.buffers[place.root] = self._call(cache, name, make, args, size, record, out=old)
+            self.buffers[place.root] = self._call(cache, name, make, args, size, record, out=old, workspace=workspace)
         self.ready.add(key)
 
     def _allocate(self, size: int) -> Any:

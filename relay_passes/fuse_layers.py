@@ -10,15 +10,17 @@ sum as its epilogue, and its partner's result is ready by then.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import tvm
 from tvm import relax
 
 from ..schedules.pointwise import OPS
+from ..schedules.winograd import BRIEF
 from ._utils import Graph, dtype_of, is_const, op_name, shape_of, tensor_leaves
 
+Accept = Callable[[Any, dict[Any, None]], bool]  # (value, members so far): whether it may join them
 MAX_MEMBERS = 16  # longer chains are cut: registers hold the operands of an epilogue
 
 
@@ -83,7 +85,7 @@ class _Grouper:
         self.owner: dict[Any, Any] = {}  # member -> first member of its group
         self.results = set(tensor_leaves(graph.result))
 
-    def grow(self, first: Any, accept: Callable[[Any, dict[Any, None]], bool]) -> list[Any]:
+    def grow(self, first: Any, accept: Accept) -> list[Any]:
         """The largest prefix of members, in order, with a single live result."""
         shape = shape_of(first)
         members: dict[Any, None] = {first: None}
@@ -117,7 +119,7 @@ class _Grouper:
             self.owner[m] = members[0]
 
 
-def _gate_free(graph: Graph, batch_one: bool) -> Callable[[Any, dict[Any, None]], bool]:
+def _gate_free(graph: Graph, batch_one: bool) -> Accept:
     """Epilogues of kernels that mix images in one vector cannot take operands that differ between images."""
 
     def accept(var: Any, members: dict[Any, None]) -> bool:
@@ -128,12 +130,17 @@ def _gate_free(graph: Graph, batch_one: bool) -> Callable[[Any, dict[Any, None]]
     return accept
 
 
+def _both(first: Accept, second: Accept) -> Accept:
+    return lambda var, members: first(var, members) and second(var, members)
+
+
 @tvm.transform.module_pass(opt_level=0, name="FuseLayers")
 class FuseLayers:
-    """``gates``: allow operands f32[1, C, 1, 1] in the epilogues of a network of batch 1."""
+    """``gates``: allow operands f32[1, C, 1, 1] in the epilogues of a network of batch 1. ``winograd``: (m, r) of the
+    convolutions that stand for native Winograd layers, by name; their functions get the attribute ``skim.winograd``."""
 
-    def __init__(self, gates: bool = True) -> None:
-        self.gates = gates
+    def __init__(self, gates: bool = True, winograd: Mapping[str, tuple[int, int]] | None = None) -> None:
+        self.gates, self.winograd = gates, winograd or {}
 
     def transform_module(self, mod: tvm.IRModule, ctx: Any) -> tvm.IRModule:
         graph = Graph.of(mod)
@@ -144,7 +151,10 @@ class FuseLayers:
         for var in reversed(finder.order):
             kind = anchor_kind(graph.defs[var])
             if kind:
-                members = finder.grow(var, _gate_free(graph, self.gates and shape_of(var)[0] == 1))
+                accept = _gate_free(graph, self.gates and shape_of(var)[0] == 1)
+                if self._native(graph.defs[var]):
+                    accept = _both(accept, lambda u, members: op_name(graph.defs[u]) in BRIEF)
+                members = finder.grow(var, accept)
                 finder.claim(members)
                 groups.append((kind, members))
         for var in finder.order:
@@ -157,6 +167,9 @@ class FuseLayers:
         for kind, members in groups:
             self._outline(graph, kind, members, counts)
         return graph.module()
+
+    def _native(self, call: Any) -> bool:
+        return call.span is not None and call.span.source_name.name in self.winograd
 
     def _outline(self, graph: Graph, kind: str, members: list[Any], counts: dict[str, int]) -> None:
         first = graph.defs[members[0]]
@@ -171,6 +184,8 @@ class FuseLayers:
         bb = relax.BlockBuilder()
         mapping = dict(outside)
         attrs = {"Primitive": 1, "skim.kind": kind, "skim.layer": name}
+        if kind == "conv2d" and self._native(first):
+            attrs["skim.winograd"] = list(self.winograd[name])
         with bb.function("main", list(outside.values()), attrs=attrs, private=True):
             with bb.dataflow():
                 for m in members[:-1]:

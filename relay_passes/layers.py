@@ -12,7 +12,7 @@ from tvm import relax
 
 from ..errors import InternalError
 from ..schedules.pointwise import Instr, Program
-from ..workload import ConvWorkload, DenseWorkload
+from ..workload import ConvWorkload, DenseWorkload, WinogradWorkload
 from ._utils import ints, op_name, scalar, shape_of, value
 from .fuse_layers import anchor_kind, operand_kind
 
@@ -50,6 +50,15 @@ def _padding(p: list[int]) -> tuple[int, int, int, int]:
     if len(p) == 4:
         return p[0], p[1], p[2], p[3]
     return (p[0], p[1], p[0], p[1]) if len(p) == 2 else (p[0],) * 4
+
+
+def native_workload(wl: ConvWorkload, m: int, r: int) -> WinogradWorkload:
+    """The Winograd layer that a convolution with t x t filters stands for (see ``skimtvm/onnx_winograd.py``)."""
+    top, left, bottom, right = wl.padding
+    if (wl.kh, wl.kw) != (m + r - 1, m + r - 1) or wl.strides != (1, 1) or min(bottom, right) < m - 1:
+        raise InternalError(f"convolution {wl} cannot stand for F({m}x{m},{r}x{r}); please report this bug")
+    pads = (top, left, bottom - m + 1, right - m + 1)
+    return WinogradWorkload(wl.n, wl.c, wl.h, wl.w, wl.k, r, r, padding=pads, groups=wl.groups, m=m)
 
 
 def anchor_workload(call: Any) -> ConvWorkload | DenseWorkload:
@@ -122,6 +131,8 @@ def read_layer(func: relax.Function) -> Layer:
     if kind != "pointwise":
         anchor = bindings[0].value
         workload, weight = anchor_workload(anchor), value(anchor.args[1])
+        if "skim.winograd" in func.attrs and isinstance(workload, ConvWorkload):
+            workload = native_workload(workload, *(int(v) for v in func.attrs["skim.winograd"]))
         reader.inputs.append(reader.params[anchor.args[0]])  # a residual that is the same tensor is a second operand
         reader.names[bindings[0].var] = "t0"
     for b in bindings[0 if kind == "pointwise" else 1 :]:

@@ -15,14 +15,18 @@ import numpy as np
 import tvm
 from tvm import relax
 
+from .. import winograd
 from ..chooser import Choice
 from ..kernels import FEW_ROWS
 from ..layout import Phases, natural
 from ..report import LayerRecord
 from ..schedules import conv2d as conv
 from ..schedules import dense, gather_gemm, interleaved, moves
+from ..schedules import winograd_conv2d as wino
 from ..schedules.pointwise import Slot, emit_pointwise
+from ..schedules.winograd import emit as emit_winograd
 from ..target import CpuTarget
+from ..workload import WinogradWorkload
 from ._utils import Graph, shape_of, substitute, tensor_leaves
 from .flat_values import FlatValues, text
 from .layers import Layer
@@ -113,6 +117,9 @@ class _Lowering(FlatValues):
         assert layer is not None and layer.weight is not None
         channels: tuple[int, ...] | None = None
         choice = self._choice(layer)
+        if choice.winograd:
+            self._lower_winograd(n, choice)
+            return
         x = n.inputs[0]
         phases = conv.phases(wl)
         if phases is None or self.plan.interleave > 1:
@@ -149,6 +156,28 @@ class _Lowering(FlatValues):
             stored_bytes=kernel.stored_bytes,
         )  # fmt: skip
         self._write(n.var, gemm, name, lambda: gather_gemm.emit(gemm), args, record)
+
+    def _lower_winograd(self, n: Node, choice: Choice) -> None:
+        layer, wl, target, m = n.layer, n.workload, self.target, choice.winograd
+        assert layer is not None and layer.weight is not None
+        buffer, src = self._contiguous(n.inputs[0])
+        dst = self._slot(self.plan.places[n.var])
+        residuals = [self._contiguous(t) for t in n.inputs[1:]]
+        native = isinstance(wl, WinogradWorkload)
+        weight = layer.weight if native else winograd.transform(m, wl.kh).forward(layer.weight)
+        knobs = wino.default_knobs(wl, m, choice.rows == 0, target, choice.stored)
+        slots = tuple(s for _, s in residuals)
+        kernel = wino.build(wl, weight, src, dst, m, knobs, epilogue=layer.program, tensors=slots)
+        gemm = kernel.gemm
+        fmt = "dense" if knobs.dense else "csr" if knobs.rows == 1 else "bsr"
+        name = f"f32_{fmt}_winograd{m}_conv2d_{knobs.rows}x{knobs.together * knobs.lanes}_{target.isa}"
+        args = [buffer, *(self._const(a) for a in kernel.constants), *self._channel_args(n), *(b for b, _ in residuals)]
+        record = self._record(
+            n, "conv2d", kernel=name, reason=choice.reason, macs=wl.macs, nnz=int(np.count_nonzero(layer.weight)),
+            weights=layer.weight.size, stored_bytes=kernel.stored_bytes,
+        )  # fmt: skip
+        make = partial(emit_winograd, gemm, target)
+        self._write(n.var, gemm, name, make, args, record, workspace=gemm.workspace)
 
     def _phases(self, x: Any, phases: Phases, name: str) -> tuple[Any, Slot]:
         key = self.plan.phase_key(x, phases)

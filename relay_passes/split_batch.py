@@ -67,7 +67,8 @@ def compare(single: Graph, batched: Graph, batch: int) -> str:
 
 @dataclass(frozen=True)
 class _Cost:
-    """Seconds an image of one value: image by image, the batch as planes, the batch interleaved."""
+    """Seconds an image of one value: image by image, the batch as planes, the batch interleaved (Winograd kernels have
+    tiles in their lanes, not images: infinite)."""
 
     single: float
     planes: float
@@ -94,12 +95,11 @@ def _cost(graph: Graph, var: Any, batch: int, choices: Mapping[str, Choice], cac
         positions = layer.workload.out_h * (layer.workload.out_w + 1)
         lanes = layer.workload.out_h * layer.workload.out_w / round_up(positions, 16)
     # Weights arrive while others are multiplied: a layer takes the longer of the two.
-    weights = layer.weight.size * choice.stored * (4 if choice.kernel == "dense" else 8 / max(1, choice.rows) + 4)
-    arrive = weights / WEIGHT_BANDWIDTH
+    arrive = layer.weight.size * choice.weight_bytes / WEIGHT_BANDWIDTH
     return _Cost(
         max(seconds * (1 if lanes > 0.5 else 0.8 / lanes), arrive),
         max(seconds, arrive / batch) + planes,
-        max(seconds * INTERLEAVED[csr], arrive / batch) + mixed,
+        math.inf if choice.winograd else max(seconds * INTERLEAVED[csr], arrive / batch) + mixed,
     )
 
 

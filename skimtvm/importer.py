@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import onnx
@@ -22,6 +22,7 @@ from .onnx_fold import densify, drop_dead, fold
 from .onnx_read import graphs, one_line, opset_of, read_model
 from .onnx_shapes import change_batch, resolve_inputs, set_input_shapes
 from .onnx_types import check_types, odd_weights, to_float32
+from .onnx_winograd import inline_functions
 from .report import TensorSpec
 
 TVM_VERSION = "0.27."
@@ -33,7 +34,8 @@ FFI_REQUIREMENT = "apache-tvm-ffi==0.1.14.post1"
 class PreparedOnnx:
     """A cleaned model: constants folded, weights float32 initializers, static input shapes, unique node names.
 
-    ``inputs``: name, shape and dtype of each graph input; ``sha256``: of the file and its external data as read.
+    ``inputs``: name, shape and dtype of each graph input; ``sha256``: of the file and its external data as read;
+    ``winograd``: (m, r) of the Conv nodes that stand for native Winograd layers, by name (see ``onnx_winograd``).
     """
 
     model: Any  # onnx.ModelProto
@@ -43,13 +45,14 @@ class PreparedOnnx:
     name: str
     opset: int
     warnings: tuple[str, ...]
+    winograd: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class ImportedModel:
     """``mod``: module whose Relax function ``main`` has static shapes and one dataflow block; TVM imports a few
     operators (Pad) as call_tir of a PrimFunc beside it. The parameters of ``main`` are ``inputs`` in order, with names
-    made into identifiers; its result is ``outputs``, a tuple if there are several."""
+    made into identifiers; its result is ``outputs``, a tuple if there are several. ``winograd``: see PreparedOnnx."""
 
     mod: Any  # tvm.ir.IRModule
     inputs: tuple[TensorSpec, ...]
@@ -58,6 +61,7 @@ class ImportedModel:
     name: str
     opset: int
     warnings: tuple[str, ...]
+    winograd: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 def check_environment() -> None:
@@ -83,21 +87,28 @@ def prepare_onnx(
     *,
     input_shapes: Mapping[str, Sequence[int]] | None = None,
     batch: int | None = None,
+    keep_winograd: bool = False,
 ) -> PreparedOnnx:
     """Read, check and clean a model (path, bytes or onnx.ModelProto, which is not modified).
 
-    ``input_shapes``: whole shape of an input by name; ``batch``: first dimension of every input. Raises InvalidModel
+    ``input_shapes``: whole shape of an input by name; ``batch``: first dimension of every input; ``keep_winograd``:
+    leave native Winograd layers whole, as Conv nodes that must not be computed. Raises InvalidModel
     (not a sound ONNX model), InvalidOption (shapes that do not fit), UnboundShape and UnsupportedModel.
     """
     try:
-        return _prepare(source, input_shapes, batch)
+        return _prepare(source, input_shapes, batch, keep_winograd)
     except UnicodeDecodeError:  # protobuf decodes names when they are read, not when it parses the file
         raise InvalidModel("model: holds a name that is not UTF-8, so it is damaged; export or copy it again") from None
 
 
-def _prepare(source: Any, input_shapes: Mapping[str, Sequence[int]] | None, batch: int | None) -> PreparedOnnx:
+def _prepare(
+    source: Any, input_shapes: Mapping[str, Sequence[int]] | None, batch: int | None, keep_winograd: bool
+) -> PreparedOnnx:
     model, sha256, name = read_model(source)
-    if model.functions:
+    layers: dict[str, tuple[int, int]] = {}
+    if keep_winograd:
+        model, layers = inline_functions(model)
+    elif model.functions:
         model = onnx.inliner.inline_local_functions(model)
         del model.functions[:]
     densify(model)
@@ -125,7 +136,8 @@ def _prepare(source: Any, input_shapes: Mapping[str, Sequence[int]] | None, batc
         for v in model.graph.input
     )
     outputs = tuple(o.name for o in model.graph.output)
-    return PreparedOnnx(model, inputs, outputs, sha256, name, opset_of(model), tuple(warnings))
+    winograd = {n.name: layers[n.output[0]] for n in model.graph.node if n.output[0] in layers}
+    return PreparedOnnx(model, inputs, outputs, sha256, name, opset_of(model), tuple(warnings), winograd)
 
 
 def _name_nodes(graph: Any) -> None:
@@ -158,13 +170,13 @@ def load_model(
     Raises also EnvironmentProblem, and UnsupportedModel naming every operator that cannot be converted.
     """
     check_environment()
-    prepared = prepare_onnx(source, input_shapes=input_shapes, batch=batch)
+    prepared = prepare_onnx(source, input_shapes=input_shapes, batch=batch, keep_winograd=True)
     from .onnx_to_relax import convert
 
     mod, results = convert(prepared.model, prepared.opset)
     p = prepared
     outputs = tuple(TensorSpec(name, *result) for name, result in zip(p.outputs, results, strict=True))
-    return ImportedModel(mod, p.inputs, outputs, p.sha256, p.name, p.opset, p.warnings)
+    return ImportedModel(mod, p.inputs, outputs, p.sha256, p.name, p.opset, p.warnings, p.winograd)
 
 
 def layer_name(call: Any) -> str | None:

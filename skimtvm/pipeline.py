@@ -6,8 +6,9 @@ Only this file orders passes; no pass calls another.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import tvm
 from tvm import relax
 
 from .chooser import Choice, choose
-from .errors import InvalidOption, OutputExists
+from .errors import InternalError, InvalidOption, OutputExists
 from .formats.stats import analyse
 from .relay_passes import simplify_passes
 from .relay_passes._utils import Graph, shape_of
@@ -28,8 +29,10 @@ from .relay_passes.per_image import mixing
 from .relay_passes.split_batch import Cut, compare, find_cut, halves
 from .relay_passes.verify import verify_lowered
 from .report import LayerRecord
+from .schedules.winograd import BRIEF
 from .target import CpuTarget
-from .workload import ConvWorkload
+from .winograd import expected_error
+from .workload import ConvWorkload, WinogradWorkload
 
 Progress = Callable[[str, float], None]
 
@@ -68,7 +71,9 @@ class _Dump:
         self.index += 1
 
 
-def choose_kernels(mod: tvm.IRModule, threshold: float | None, force: dict[str, str]) -> dict[str, Choice]:
+def choose_kernels(
+    mod: tvm.IRModule, threshold: float | None, force: dict[str, str], tolerance: float = 1e-4
+) -> dict[str, Choice]:
     """Choice for every convolution and dense layer of a fused module, by layer name."""
     choices: dict[str, Choice] = {}
     for func in mod.functions.values():
@@ -84,7 +89,17 @@ def choose_kernels(mod: tvm.IRModule, threshold: float | None, force: dict[str, 
             stats = analyse(layer.weight, layer.workload.groups)
         else:
             stats = analyse(layer.weight.T)
-        choices[layer.name] = choose(layer.name, layer.workload, stats, threshold=threshold, force=force)
+        native = isinstance(layer.workload, WinogradWorkload)
+        brief = all(instr.op in BRIEF for instr in layer.program.instrs)
+        choices[layer.name] = choose(
+            layer.name,
+            layer.workload,
+            stats,
+            threshold=threshold,
+            force=force,
+            tolerance=tolerance,
+            winograd_error=partial(expected_error, layer.weight) if not native and brief else None,
+        )
     unknown = sorted(set(force) - set(choices))
     if unknown:
         known = ", ".join(sorted(choices)[:12]) + (" ..." if len(choices) > 12 else "")
@@ -100,6 +115,8 @@ def run(
     keep_apart: bool = False,
     threshold: float | None = None,
     force: dict[str, str] | None = None,
+    tolerance: float = 1e-4,
+    winograd: Mapping[str, tuple[int, int]] | None = None,
     dump_dir: Path | None = None,
     progress: Progress | None = None,
 ) -> Lowered:
@@ -107,7 +124,8 @@ def run(
 
     ``single``: the same network imported at batch 1, when ``mod`` has a larger batch; its first layers may then run image
     by image (``split_batch``). ``keep_apart``: raise InvalidOption unless the images of a batch are known to be
-    independent of each other.
+    independent of each other. ``tolerance``: error over a layer's largest output that a kernel may add.
+    ``winograd``: (m, r) of the convolutions that stand for native Winograd layers, by name.
     """
     step, dump = progress or (lambda phase, fraction: None), _Dump(dump_dir)
     dump("import", mod)
@@ -125,12 +143,13 @@ def run(
             single = None
     # 2. layers: a convolution, dense layer or element-wise chain with its epilogue becomes one function
     step("fuse", 0.15)
-    whole = _fuse(mod, gates=True)
+    native = winograd or {}
+    whole = _fuse(mod, native, gates=True)
     dump("fuse_layers", whole)
     # 3. sparse or dense, layer by layer
-    choices = choose_kernels(whole, threshold, force or {})
+    choices = choose_kernels(whole, threshold, force or {}, tolerance)
     if single is not None:
-        parts = _split(mod, single, target, choices)
+        parts = _split(mod, single, target, choices, native)
         if parts is not None:
             first, second, batch, cut = parts
             step("lower", 0.2)
@@ -147,17 +166,25 @@ def run(
     return _lower(whole, target, choices, dump, "")
 
 
-def _fuse(mod: tvm.IRModule, gates: bool) -> tvm.IRModule:
-    fuse: Any = FuseLayers(gates)
+def _fuse(mod: tvm.IRModule, winograd: Mapping[str, tuple[int, int]], *, gates: bool) -> tvm.IRModule:
+    fuse: Any = FuseLayers(gates, winograd)
     fused: tvm.IRModule = fuse(mod)
+    found = {str(f.attrs["skim.layer"]) for f in fused.functions.values() if f.attrs and "skim.winograd" in f.attrs}
+    if found != set(winograd):
+        lost = ", ".join(sorted(set(winograd) - found))
+        raise InternalError(f"native Winograd layers were lost in the graph passes: {lost}; please report this bug")
     return fused
 
 
 def _split(
-    mod: tvm.IRModule, single: tvm.IRModule, target: CpuTarget, choices: dict[str, Choice]
+    mod: tvm.IRModule,
+    single: tvm.IRModule,
+    target: CpuTarget,
+    choices: dict[str, Choice],
+    winograd: Mapping[str, tuple[int, int]],
 ) -> tuple[tvm.IRModule | None, tvm.IRModule | None, int, Cut] | None:
     """Both halves of a network that gains from running its first layers image by image, or from interleaved images."""
-    batched, one = Graph.of(_fuse(mod, gates=False)), Graph.of(_fuse(single, gates=False))
+    batched, one = (Graph.of(_fuse(m, winograd, gates=False)) for m in (mod, single))
     if batched is None or one is None:
         return None
     batch = shape_of(batched.func.params[0])[0]

@@ -127,6 +127,25 @@ class ConvWorkload(_Workload):
 
 
 @dataclass(frozen=True)
+class WinogradWorkload(ConvWorkload):
+    """A stride 1 convolution whose weights are those of the t x t positions of F(m x m, kh x kw), t = m + kh - 1."""
+
+    m: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.strides != (1, 1) or self.dilation != (1, 1) or self.kh != self.kw:
+            raise UnsupportedWorkload(f"winograd {self}: filters are square, of stride and dilation 1")
+
+    @property
+    def weight_shape(self) -> tuple[int, int, int, int]:
+        return self.k, self.c // self.groups, self.m + self.kh - 1, self.m + self.kw - 1
+
+    def __str__(self) -> str:
+        return f"{super().__str__()} F({self.m}x{self.m},{self.kh}x{self.kw})"
+
+
+@dataclass(frozen=True)
 class DenseWorkload(_Workload):
     """A product of activations f32[m, k] with weights f32[k, n]."""
 
@@ -202,4 +221,6 @@ class LRNWorkload(_Workload):
         return f"lrn {self.size} alpha {self.alpha:g} beta {self.beta:g} bias {self.bias:g}"
 
 
-WORKLOADS: dict[str, Any] = {t.__name__: t for t in (ConvWorkload, DenseWorkload, PoolWorkload, LRNWorkload)}
+WORKLOADS: dict[str, Any] = {
+    t.__name__: t for t in (ConvWorkload, WinogradWorkload, DenseWorkload, PoolWorkload, LRNWorkload)
+}

@@ -1,0 +1,123 @@
+"""Winograd layers in networks: native weights through the ONNX function, and spatial weights within the tolerance."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper
+
+from skimtvm import winograd
+from skimtvm.compiler import CompileOptions
+from skimtvm.importer import prepare_onnx
+
+from .graphs import Net, check
+
+LOOSE = 1e-4  # ONNX Runtime computes the function in float32 too: both sides carry F(4x4)'s rounding
+
+
+class WinogradNet(Net):
+    sizes: set[tuple[int, int]]
+
+    def native(self, x: str, c: int, k: int, m: int = 4, r: int = 3, density: float = 0.1, **attrs: Any) -> str:
+        self.__dict__.setdefault("sizes", set()).add((m, r))
+        f = winograd.transform(m, r)
+        u = f.forward(self.rng.standard_normal((k, c, r, r)) / np.sqrt(c * r * r * density))
+        u *= self.rng.random(u.shape) < density
+        inputs = [x, self.const(u.astype(np.float32)), self.const(self.rng.standard_normal(k).astype(np.float32) * 0.1)]
+        attrs.setdefault("pads", [r // 2] * 4)
+        return self.op(f.name, *inputs, domain=winograd.DOMAIN, **attrs)
+
+    def model(self, *outputs: str) -> onnx.ModelProto:
+        infos = [helper.make_tensor_value_info(o, onnx.TensorProto.FLOAT, [None] * 4) for o in outputs]
+        graph = helper.make_graph(self.nodes, "net", self.inputs, infos, self.initializers)
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", self.opset)], ir_version=8)
+        for m, r in sorted(self.__dict__.get("sizes", ())):
+            winograd.add_function(model, m, r)
+        onnx.checker.check_model(model)
+        return model
+
+
+def kernels(compiled: Any) -> dict[str, str]:
+    return {layer.name: layer.kernel for layer in compiled.manifest.layers if layer.macs}
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_native_layers_run_sparse(batch: int) -> None:
+    net = WinogradNet(batch, 8, 14, 14)
+    y = net.op("Relu", net.native("x", 8, 16))
+    y = net.op("Relu", net.op("Add", net.native(y, 16, 16, m=2, pads=[0, 1, 2, 1]), y))  # a residual
+    y = net.op("Concat", net.native(y, 16, 8, r=5), net.op("Relu", net.conv(y, 16, 8, 1)), axis=1)
+    compiled = check(net.model(y), tolerance=LOOSE)
+    names = [name for layer, name in kernels(compiled).items() if layer.startswith("Winograd")]
+    assert len(names) == 3 and all("_csr_winograd" in name for name in names)
+    record = next(layer for layer in compiled.manifest.layers if "winograd2" in layer.kernel)
+    assert record.weights == 16 * 16 * 16 and 0.05 < record.density < 0.15 and record.sparse
+
+
+def test_scales_fold_into_native_weights() -> None:
+    net = WinogradNet(1, 8, 13, 13)
+    stats = [net.const(net.rng.uniform(0.5, 2, 16).astype(np.float32)) for _ in range(4)]
+    y = net.op("Relu", net.op("BatchNormalization", net.native("x", 8, 16), *stats))
+    y = net.native(net.op("Mul", y, net.const(np.float32(3))), 16, 8, density=1.0)
+    compiled = check(net.model(y), tolerance=LOOSE)
+    assert all("winograd4" in kernel for kernel in kernels(compiled).values())
+
+
+def test_a_function_of_that_name_with_another_body_is_inlined() -> None:
+    net = WinogradNet(1, 4, 8, 8)
+    model = net.model(net.native("x", 4, 4))
+    assert list(prepare_onnx(model, keep_winograd=True).winograd.values()) == [(4, 3)]
+    body = model.functions[0].node
+    add = body[-1]
+    add.output[0] = "sum"
+    body.append(helper.make_node("Neg", ["sum"], ["Y"]))
+    assert not prepare_onnx(model, keep_winograd=True).winograd
+    assert not any("winograd" in kernel for kernel in kernels(check(model, tolerance=LOOSE)).values())
+
+
+def test_tolerance_decides_about_spatial_weights() -> None:
+    net = Net(1, 32, 14, 14)
+    model = net.model(net.op("Relu", net.conv("x", 32, 32)))
+    by_tolerance = {}
+    for tolerance in (1e-4, 1e-6, 1e-9):
+        compiled = check(model, CompileOptions(tolerance=tolerance))
+        record = next(layer for layer in compiled.manifest.layers if layer.macs)
+        by_tolerance[tolerance] = record
+    assert "winograd4" in by_tolerance[1e-4].kernel
+    assert "winograd2" in by_tolerance[1e-6].kernel and "winograd4 would add" in by_tolerance[1e-6].reason
+    assert "_dense_conv2d_" in by_tolerance[1e-9].kernel and "more than 1e-09" in by_tolerance[1e-9].reason
+
+
+def test_long_activations_stay_outside() -> None:
+    net = WinogradNet(1, 32, 14, 14)
+    y = net.op("Sigmoid", net.native("x", 32, 32))
+    compiled = check(net.model(net.op("Sigmoid", net.conv(y, 32, 32))), tolerance=LOOSE)
+    native, spatial = (layer for layer in compiled.manifest.layers if layer.macs)
+    assert "winograd4" in native.kernel and native.epilogue == "add"
+    assert "winograd" not in spatial.kernel and spatial.epilogue == "add+sigmoid"
+
+
+def test_forced_kernels_and_batches() -> None:
+    net = Net(2, 16, 9, 9)
+    y = net.conv("x", 16, 16, density=0.3, pads=[0, 2, 1, 0])
+    model = net.model(net.op("Relu", y))
+    for kernel in ("winograd4", "winograd2", "csr"):
+        compiled = check(model, CompileOptions(force=(("Conv_0", kernel),)))
+        assert kernel in kernels(compiled)["Conv_0"]
+
+
+def test_compile_explains_the_choice(tmp_path: Path) -> None:
+    net = WinogradNet(1, 32, 14, 14)
+    onnx.save(net.model(net.op("Relu", net.native(net.conv("x", 32, 32), 32, 32))), tmp_path / "m.onnx")
+    command = [sys.executable, "-m", "skimtvm", "compile", "m.onnx", "-o", "m.so", "--explain"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "f32_csr_winograd4_conv2d" in done.stdout and "f32_dense_winograd4_conv2d" in done.stdout
+    refused = subprocess.run([*command, "--tolerance", "0"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert refused.returncode != 0 and "Traceback" not in refused.stderr
