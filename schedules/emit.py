@@ -70,6 +70,32 @@ def lane_mask(lanes: int, active: int) -> Expr:
     return B.get_active_lane_mask(f"uint1x{lanes}", 0, active)
 
 
+def transpose(columns: list[Expr], width: int, lanes: int) -> list[Expr]:
+    """``width`` vectors of ``lanes`` from at most ``lanes`` vectors of ``width``, a power of two: element j of result i is
+    element i of ``columns[j]``; elements that no column gives are undefined. log2(lanes) rounds swap halves of pairs."""
+    zero = broadcast(B.float32(0), lanes)
+    rows = [_widen(c, width, lanes) for c in columns] + [zero] * (lanes - len(columns))
+    rows = [B.bind(r) for r in rows]
+    half = lanes // 2
+    while half:
+        low = [B.int32(j if not j & half else lanes + (j ^ half)) for j in range(lanes)]
+        high = [B.int32(j ^ half if not j & half else lanes + j) for j in range(lanes)]
+        for i in range(lanes):
+            if not i & half:
+                pair = [rows[i], rows[i | half]]
+                rows[i], rows[i | half] = B.bind(B.Shuffle(pair, low)), B.bind(B.Shuffle(pair, high))
+        half //= 2
+    return rows[:width]
+
+
+def _widen(value: Expr, width: int, lanes: int) -> Expr:
+    if width == lanes:
+        return value
+    if width == 1:
+        return B.Broadcast(value, lanes)
+    return B.Shuffle([value] * -(-lanes // width), [B.int32(i) for i in range(lanes)])
+
+
 def allocation(size: int) -> Any:
     """PrimFunc that leaves its output f32[size] as it is: a buffer for several kernels to fill."""
     with IRBuilder() as ib, B.prim_func(s_tir=True):

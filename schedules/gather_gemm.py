@@ -50,7 +50,8 @@ from .pointwise import Program, Slot, split_bias
 class Knobs:
     """``rows``: R; ``vectors``: V; ``channel_block``: input channels whose tile should fit L1; ``chunks``: parallel
     pieces that the row groups are cut into; ``dense``: every column is stored, without ``ip``; ``lanes``: floats in a
-    vector, which may be half a register where whole ones would leave many lanes without a pixel."""
+    vector, which may be half a register where whole ones would leave many lanes without a pixel; ``across``: lanes are
+    output channels (``across.py``), R of them, and V counts pixels."""
 
     rows: int
     vectors: int
@@ -58,6 +59,7 @@ class Knobs:
     chunks: int = 1
     dense: bool = False
     lanes: int = 16
+    across: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,20 +97,25 @@ class Gemm:
         return self.dst.layout.interleave > 1
 
     @property
+    def by_row(self) -> bool:
+        """Tiles are segments of rows of pixels, not of the run of all positions."""
+        return self.interleaved or self.knobs.across
+
+    @property
     def masked(self) -> bool:
-        return self.dst.layout.zero_halo and not self.interleaved
+        return self.dst.layout.zero_halo and not self.by_row
 
     @property
     def vectors(self) -> int:
-        """Vectors that cover the output positions of a channel (interleaved: of a row)."""
+        """Vectors that cover the output positions of a channel; pixels of a row where tiles are cut from rows."""
         lay = self.dst.layout
-        return lay.w if self.interleaved else -(-lay.positions // self.knobs.lanes)
+        return lay.w if self.by_row else -(-lay.positions // self.knobs.lanes)
 
     @property
     def rows(self) -> int:
         """Rows of pixels that tiles are cut from; a plane layout is one."""
         lay = self.dst.layout
-        return lay.n // lay.interleave * lay.h if self.interleaved else 1
+        return lay.n // lay.interleave * lay.h if self.by_row else 1
 
     def tiles(self) -> tuple[tuple[int, int, int], ...]:
         """Of a row: (first vector, tiles, vectors a tile): at most two tile heights, as equal as possible."""
@@ -130,7 +137,7 @@ CSR_LINES = 4
 FETCH_MOST = 16  # lines of the next source tile that one row group fetches
 
 
-class _Run:
+class Run:
     """The arguments of one run of row groups, declared in order."""
 
     def __init__(self, index: int, run: RowRun, dense: bool) -> None:
@@ -148,7 +155,7 @@ class _Run:
 
 
 @contextmanager
-def _span(low: Any, high: Any) -> Iterator[Any]:
+def span(low: Any, high: Any) -> Iterator[Any]:
     """Serial loop from ``low`` to ``high``, emitted from 0: TVM's simplifier forgets to shift the bounds of an inner loop
     when it moves an outer one that starts elsewhere."""
     if isinstance(low, int) and isinstance(high, int):
@@ -160,7 +167,7 @@ def _span(low: Any, high: Any) -> Iterator[Any]:
         yield start + i
 
 
-class _Tile:
+class Tile:
     """Where a tile of vectors lies in each tensor. ``first``: its first vector in row ``row``."""
 
     def __init__(self, gemm: Gemm, row: Any, first: Any) -> None:
@@ -175,7 +182,7 @@ class _Tile:
         return self.known[key]
 
     def _at(self, lay: Layout, strides: tuple[int, int]) -> Any:
-        if not self.gemm.interleaved:
+        if not self.gemm.by_row:
             return self.first * self.gemm.knobs.lanes
         image, y = B.floordiv(self.row, self.gemm.dst.layout.h), B.floormod(self.row, self.gemm.dst.layout.h)
         return image * lay.n_pitch + y * (strides[0] * lay.row_pitch) + self.first * (strides[1] * lay.x_pitch)
@@ -185,7 +192,7 @@ class _Tile:
         return stride * slot.layout.x_pitch if self.gemm.interleaved else self.gemm.knobs.lanes
 
 
-class _Body:
+class Body:
     """Emits the loops of one kernel; holds the buffers."""
 
     def __init__(self, gemm: Gemm) -> None:
@@ -193,7 +200,7 @@ class _Body:
         self.bias, self.epilogue = split_bias(gemm.epilogue)
         k = row_count(gemm.runs)
         self.src = B.arg("src", B.Buffer((gemm.src.size,), "float32"))
-        self.runs = [_Run(i, run, gemm.knobs.dense) for i, run in enumerate(gemm.runs)]
+        self.runs = [Run(i, run, gemm.knobs.dense) for i, run in enumerate(gemm.runs)]
         self.cut = B.arg("cut", B.Buffer((len(gemm.runs) * (gemm.knobs.chunks + 1),), "int32"))
         self.mask = None
         if gemm.masked:
@@ -224,15 +231,15 @@ class _Body:
     def _tile(self, row: Any, tile: Any, chunk: Any, tiles: tuple[int, int, int], first_tile: int, total: int) -> None:
         """All row groups of ``chunk`` on one tile of positions."""
         first_vector, count, vectors = tiles
-        q = _Tile(self.gemm, row, B.bind(first_vector + (tile - first_tile) * vectors))
+        q = Tile(self.gemm, row, B.bind(first_vector + (tile - first_tile) * vectors))
         edges = {"first": tile if first_tile == 0 else None, "last": tile if first_tile + count == total else None}
         for r in self.runs:
             with loop(r.run.blocks) as block:
                 at = r.index * (self.gemm.knobs.chunks + 1) + chunk
-                with _span(self.cut[at], self.cut[at + 1]) as g:
+                with span(self.cut[at], self.cut[at + 1]) as g:
                     self._group(r, block, B.bind(g), q, vectors, edges, total)
 
-    def _group(self, r: _Run, block: Any, g: Any, q: _Tile, vectors: int, edges: dict[str, Any], total: int) -> None:
+    def _group(self, r: Run, block: Any, g: Any, q: Tile, vectors: int, edges: dict[str, Any], total: int) -> None:
         gemm, lanes, run = self.gemm, self.lanes, r.run
         dst, step = gemm.dst, q.step(gemm.dst)
         row = B.bind(run.first + g * run.rows)
@@ -274,7 +281,7 @@ class _Body:
                     for v in range(vectors):
                         store(self.out, get(i, v), outs[i][v], lanes)
 
-    def _multiply(self, r: _Run, block: Any, g: Any, row: Any, q: _Tile, vectors: int, put: Any, get: Any) -> None:
+    def _multiply(self, r: Run, block: Any, g: Any, row: Any, q: Tile, vectors: int, put: Any, get: Any) -> None:
         """acc += data * src over the entries of a row group in a block."""
         gemm, lanes, run = self.gemm, self.lanes, r.run
         start, step = q.at(gemm.src, gemm.strides), q.step(gemm.src, gemm.strides[1])
@@ -292,7 +299,7 @@ class _Body:
             if gemm.interleaved:
                 self._fetch_ahead(r, block * run.groups + g, start, vectors)
             base, skip = B.bind(gemm.src.base + start), 0
-        with _span(low, high) as e:
+        with span(low, high) as e:
             if r.ip is None:
                 fetch(r.data, (skip + e) * run.rows + DENSE_AHEAD)
             at = B.bind(base + r.off[e])
@@ -302,7 +309,7 @@ class _Body:
                 for i in range(run.rows):
                     put(i, v, get(i, v) + broadcast(weights[i], lanes) * x)
 
-    def _fetch_ahead(self, r: _Run, visit: Any, start: Any, vectors: int) -> None:
+    def _fetch_ahead(self, r: Run, visit: Any, start: Any, vectors: int) -> None:
         """Fetch a share of the next tile's source: its pixels follow in memory, but are read in no order that the hardware
         would foresee. Rows above the lowest that the taps reach were read before."""
         gemm, lay = self.gemm, self.gemm.src.layout
@@ -313,7 +320,7 @@ class _Body:
         for i in range(share):
             fetch(self.src, at + i * LINE)
 
-    def _finish(self, row: Any, q: _Tile, outs: Any, get: Any, rows: int, vectors: int, edges: Any, total: int) -> None:
+    def _finish(self, row: Any, q: Tile, outs: Any, get: Any, rows: int, vectors: int, edges: Any, total: int) -> None:
         """Epilogue, mask, store; the zeros around the pixels come with the first and the last tile."""
         lanes = self.lanes
         for i in range(rows):
@@ -352,7 +359,9 @@ def emit(gemm: Gemm) -> Any:
     ``cut`` int32[chunks + 1 for each run]: first row group of each chunk; ``mask`` int32[vectors * lanes] (-1 where a
     position is a pixel) only when the gaps of the output must be zero.
     """
+    from .across import AcrossBody
+
     with IRBuilder() as ib, B.prim_func(s_tir=True):
         kernel_attrs()
-        _Body(gemm).emit()
+        (AcrossBody if gemm.knobs.across else Body)(gemm).emit()
     return finish(ib)

@@ -12,7 +12,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as B
 
 from ..errors import InternalError
-from .emit import Expr, broadcast, finish, kernel_attrs, store, vector
+from .emit import Expr, broadcast, finish, kernel_attrs, store, transpose, vector
 from .pointwise import Program, Slot
 
 
@@ -99,18 +99,9 @@ def _span(slot: Slot, n: Expr, y: Expr, x: Expr, c: Expr, lanes: int) -> Any:
 def _square(source: Expr, src: Slot, out: Expr, dst: Slot, at: tuple[Expr, Expr, Expr], c: tuple[Expr, Expr]) -> None:
     """As many pixels of a row as images fit a vector: log2(lanes) rounds of shuffles, each swapping halves of pairs."""
     (n, y, x), lanes = at, dst.layout.interleave
-    rows = [B.bind(vector(source, src.at(c[0], n * lanes + i, y, x), lanes)) for i in range(lanes)]
-    half = lanes // 2
-    while half:
-        low = [B.int32(j if not j & half else lanes + (j ^ half)) for j in range(lanes)]
-        high = [B.int32(j ^ half if not j & half else lanes + j) for j in range(lanes)]
-        for i in range(lanes):
-            if not i & half:
-                pair = [rows[i], rows[i | half]]
-                rows[i], rows[i | half] = B.bind(B.Shuffle(pair, low)), B.bind(B.Shuffle(pair, high))
-        half //= 2
-    for i, row in enumerate(rows):
-        store(out, row, dst.at(c[1], n, y, x + i), lanes)
+    rows = [vector(source, src.at(c[0], n * lanes + i, y, x), lanes) for i in range(lanes)]
+    for i, pixel in enumerate(transpose(rows, lanes, lanes)):
+        store(out, pixel, dst.at(c[1], n, y, x + i), lanes)
 
 
 def _runs(channels: Sequence[int]) -> list[tuple[int, int, int]]:

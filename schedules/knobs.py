@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from ..layout import round_up
 from ..target import CpuTarget
 from ..workload import ConvWorkload
 from .gather_gemm import Knobs
@@ -23,6 +24,10 @@ WIDEST = 128  # positions in a tile of one row: wider ones gain nothing and crow
 VISIT = 40.0  # cycles to start a row group in a block, reach its partial sums, and leave its loop (mispredicted)
 CROSSING = 1.7  # a 64-byte load at a random offset against an aligned one
 NARROW = {True: 0.68, False: 0.5}  # 8-lane load or multiply-add on a 16-lane machine: (aligned loads, everything else)
+SEGMENT = 14  # pixels of a row whose sums are in registers at once, with output channels in the lanes
+CHAINS = 6  # sums that a multiply-add's latency needs
+TRANSPOSE = 60.0  # cycles to turn 16 channels of a segment into rows of pixels
+MISALIGNED = 0.985  # of a dense layer's rate where its taps cross cache lines
 
 
 def candidates(rows: int, total: int, lanes: int, target: CpuTarget) -> list[int]:
@@ -71,7 +76,7 @@ def default_knobs(
         positions = dst.layout.w * images
     rest = wl.n // images * wl.out_h if images > 1 else 1  # rows of pixels, from each of which tiles are cut
     if dense:
-        return _dense(rows, per_group, positions, rest, cg, wl, target)
+        return _dense(rows, per_group, positions, rest, cg, wl, target, dst)
     aligned = images > 1 or all(t[1] == t[2] == 0 for t in taps)
     entries = max(stored, 1e-3) * cg * len(taps)
     best: tuple[float, Knobs] | None = None
@@ -100,11 +105,19 @@ def default_knobs(
     return best[1]
 
 
-def _dense(rows: int, per_group: int, positions: int, rest: int, cg: int, wl: ConvWorkload, target: CpuTarget) -> Knobs:
+def _dense(
+    rows: int, per_group: int, positions: int, rest: int, cg: int, wl: ConvWorkload, target: CpuTarget, dst: Slot
+) -> Knobs:
     """R x V of a dense layer. Whole registers: eight rows of one vector, whose weights are broadcast memory operands.
     Half registers where they waste fewer lanes (7x7, 14x14), and registers without broadcast operands (AVX2): six or
     three rows of four vectors, so that a weight is loaded once for all four; more accumulators spill."""
     lanes = target.lanes
+    if dst.layout.interleave == 1 and target.isa == "avx512":
+        used = wl.n * wl.out_h * wl.out_w / (round_up(positions, 8) if wl.out_w < 32 else round_up(positions, lanes))
+        across = _across(per_group, cg * wl.kh * wl.kw, wl.out_w)
+        if across is not None and across[1] > used * (MISALIGNED if wl.kh * wl.kw > 1 else 1.0):
+            rows, vectors = across[0]
+            return Knobs(rows, vectors, cg, min(wl.k // rows, 32), True, lanes, across=True)
     if target.isa == "avx512" and -(-positions // 8) * 8 > 0.98 * -(-positions // lanes) * lanes:
         tall, wide = 8, max(1, 8 // rows)
     else:
@@ -117,6 +130,16 @@ def _dense(rows: int, per_group: int, positions: int, rest: int, cg: int, wl: Co
     total = -(-positions // lanes)
     vectors = -(-total // -(-total // wide))
     return Knobs(rows, vectors, cg, _chunks(total * rest, vectors, wl.k // rows), True, lanes)
+
+
+def _across(per_group: int, columns: int, width: int) -> tuple[tuple[int, int], float] | None:
+    """((R, pixels), efficiency) of the kernel with output channels in the lanes; None where too few sums would run at once
+    to hide the latency of a multiply-add."""
+    pixels = -(-width // -(-width // SEGMENT))
+    parts = next((p for p in (1, 2, 4) if p * pixels >= CHAINS and per_group % (16 * p) == 0), 0)
+    if not parts or parts * pixels > SEGMENT + CHAINS:
+        return None
+    return (16 * parts, pixels), 1 / (1 + TRANSPOSE / (columns * pixels))
 
 
 def _chunks(total: int, vectors: int, groups: int) -> int:

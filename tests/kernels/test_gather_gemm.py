@@ -198,3 +198,20 @@ def test_encode_decode(shape: tuple[int, int, int, int], groups: int, rows: int,
     w = (rng.standard_normal(shape) * (rng.random(shape) < 0.3)).astype(np.float32)
     parts = encode(w, conv_groups=groups, rows=rows, channel_block=2, dense=dense)
     np.testing.assert_array_equal(decode(parts, shape, groups), w)
+
+
+@pytest.mark.parametrize("name", ["same3x3", "batch2-k17", "7x7s2", "batch3-s2", "one-pixel", "channel-blocks", "wide"])
+@pytest.mark.parametrize("rows, pixels", [(16, 14), (32, 7), (16, 5)])
+def test_output_channels_in_the_lanes(name: str, rows: int, pixels: int) -> None:
+    """Every width of row segment and last row groups of 1 to 16 channels; the zeros around the pixels come first."""
+    wl = dataclasses.replace(WORKLOADS[name], k=WORKLOADS[name].k + 32)
+    check(make(wl, TARGETS["znver4"], "dense", rows=rows, vectors=pixels, lanes=16, across=True, residual=pixels == 5))
+
+
+def test_small_planes_of_many_channels_take_the_channels_into_the_lanes() -> None:
+    for wl, across in ((W(1, 256, 7, 256, 1), True), (W(1, 256, 14, 64, 3, p=1), True), (W(1, 64, 56, 256, 1), False)):
+        halo = conv.halo(wl)
+        space = Space(wl.w + halo.left, wl.h)
+        src, dst = plane(1, wl.c, wl.h, wl.w, space, halo), plane(1, wl.k, wl.h, wl.w, space, Halo())
+        knobs = conv.default_knobs(wl, 8, True, Slot(src, src.size), Slot(dst, dst.size), TARGETS["znver4"], 1.0)
+        assert knobs.across == across, wl
