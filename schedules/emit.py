@@ -45,9 +45,9 @@ def store(buffer: Expr, value: Expr, at: Expr, lanes: int, mask: Expr | None = N
         B.evaluate(B.masked_store(buffer, value, index, mask))
 
 
-def fetch(buffer: Expr, at: Expr) -> None:
-    """Prefetch the cache line of ``buffer[at]``; any address is allowed, also behind the end."""
-    flags = (B.int32(0), B.int32(3), B.int32(1))  # for reading, into all caches, data
+def fetch(buffer: Expr, at: Expr, *, l1: bool = True) -> None:
+    """Prefetch the cache line of ``buffer[at]`` into L1 or L2; any address is allowed, also behind the end."""
+    flags = (B.int32(0), B.int32(3 if l1 else 2), B.int32(1))  # for reading, how near, data
     B.evaluate(B.call_llvm_intrin("void", "llvm.prefetch", B.address_of(buffer[at]), *flags))
 
 
