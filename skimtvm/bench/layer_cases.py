@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
-from ..workload import ConvWorkload, DenseWorkload
+from .. import winograd
+from ..workload import ConvWorkload, DenseWorkload, WinogradWorkload
 from .sparsity import Sparsity
 
 REFERENCE = "SkimCaffe, built for AVX-512, Zen 4"
@@ -56,6 +57,12 @@ def _fc(out: int, inner: int, batch: int) -> DenseWorkload:
     return DenseWorkload(batch, inner, out)
 
 
+def _native(base: str, c: int, size: int) -> LayerCase:
+    """A native Winograd layer F(4x4,3x3) of the shape of the case ``base``."""
+    workload = WinogradWorkload(1, c, size, size, c, 3, 3, padding=(1, 1, 1, 1), m=4)
+    return LayerCase(f"winograd4_{c}_{c}_{size}", workload, base=base)
+
+
 _TWO = (2, 2)
 _BASE28 = "3x3_128_128_28"
 _BASE14 = "3x3_256_256_14"
@@ -90,13 +97,17 @@ CASES = (
     LayerCase("1x7_192_192_17", _conv(192, 192, 17, (1, 7)), base=_BASE14),
     LayerCase("7x1_192_192_17", _conv(192, 192, 17, (7, 1)), base=_BASE14),
     LayerCase("3x3_pads_128_128_28", _conv(128, 128, 28, 3, pads=(2, 0, 0, 2)), base=_BASE28),
+    _native("3x3_64_64_56", 64, 56),
+    _native(_BASE28, 128, 28),
+    _native(_BASE14, 256, 14),
     *(LayerCase(f"fc6_b{n}", _fc(4096, 9216, n), "fc6_4096x9216", sparsity=0.9028) for n in (1, 16, 256)),
     *(LayerCase(f"fc7_b{n}", _fc(4096, 4096, n), "fc7_4096x4096", sparsity=0.8437) for n in (1, 16, 256)),
 )
 
 
 def build(case: LayerCase, sparsity: Sparsity, *, seed: int = 0) -> Any:
-    """The layer as onnx.ModelProto: seeded normal weights, pruned; bias; ReLU. The node is called like the case."""
+    """The layer as onnx.ModelProto: seeded normal weights, pruned; bias; ReLU. The node is called like the case.
+    The weights of a native Winograd layer are pruned before each position gets the scale of its effect."""
     wl, rng = case.workload, np.random.default_rng(seed)
     if isinstance(wl, ConvWorkload):
         shape: tuple[int, ...] = wl.weight_shape
@@ -115,9 +126,15 @@ def build(case: LayerCase, sparsity: Sparsity, *, seed: int = 0) -> Any:
         attributes = {"transB": 1}
     weight = rng.standard_normal(shape, dtype=np.float32) * np.float32(fan_in**-0.5)
     tensors = {"w": sparsity.prune(weight, groups), "b": rng.standard_normal(shape[0], dtype=np.float32)}
+    if isinstance(wl, WinogradWorkload):
+        f = winograd.transform(wl.m, wl.kh)
+        tensors["w"] = (tensors["w"] * (wl.m * wl.kh / f.tile / f.effect)).astype(np.float32)
+        layer = winograd.function_node(wl.m, wl.kh, ["x", "w", "b"], "z", wl.padding, case.name)
+    else:
+        layer = helper.make_node(op, ["x", "w", "b"], ["z"], name=case.name, **attributes)
     graph = helper.make_graph(
         [
-            helper.make_node(op, ["x", "w", "b"], ["z"], name=case.name, **attributes),
+            layer,
             helper.make_node("Relu", ["z"], ["y"], name="relu"),
         ],
         case.name,
@@ -125,7 +142,10 @@ def build(case: LayerCase, sparsity: Sparsity, *, seed: int = 0) -> Any:
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, y)],
         [numpy_helper.from_array(array, name) for name, array in tensors.items()],
     )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    if isinstance(wl, WinogradWorkload):
+        winograd.add_function(model, wl.m, wl.kh)
+    return model
 
 
 @cache
