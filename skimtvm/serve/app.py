@@ -20,7 +20,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .. import __version__
-from ..errors import InvalidRequest, RequestTooLarge, ServingError, TimedOut
+from ..errors import InvalidRequest, Overloaded, RequestTooLarge, ServingError, TimedOut
 from .batching import Scheduler
 from .logs import log
 from .metrics import Metrics
@@ -155,6 +155,8 @@ class App:
                 raise ClientDisconnect
             return work.result()
         except TimeoutError:
+            if self.scheduler.is_queued(parsed):  # nothing has been done for it: it may be sent again
+                raise Overloaded(f"no worker was free for {self.timeout:g} s; try again") from None
             raise TimedOut(f"the request was not answered within {self.timeout:g} s") from None
         finally:
             work.cancel()

@@ -49,6 +49,10 @@ class Scheduler:
     def queued(self) -> int:
         return len(self._queue)
 
+    def is_queued(self, request: InferRequest) -> bool:
+        """Whether ``request`` waits for a worker."""
+        return any(pending.request is request for pending in self._queue)
+
     @contextmanager
     def admission(self) -> Iterator[None]:
         """One request's place, from before its body is read until its answer is sent: this bounds all memory that

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from .engines import Engine
 from .protocol import HEADER_LENGTH
 from .signature import DATATYPES, Signature
 
+_MAX_IDLE = 20.0  # seconds, well below the server's: it may close a connection while a request is on its way
 _TOLERANCE = 1e-4  # of the largest value
 
 
@@ -49,15 +51,19 @@ class Connection:
     def __init__(self, host: str, port: int) -> None:
         self.host, self.port = host, port
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+        self._used = 0.0
 
     async def exchange(self, data: bytes) -> Answer:
         """Send ``data`` and read one answer. Raises NoAnswer."""
+        if time.monotonic() - self._used > _MAX_IDLE:
+            await self.close()
         try:
             if self._streams is None:
                 self._streams = await asyncio.open_connection(self.host, self.port)
             reader, writer = self._streams
             writer.write(data)
             answer = await _read_answer(reader)
+            self._used = time.monotonic()
         except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, ValueError) as e:
             await self.close()
             raise NoAnswer(f"{type(e).__name__}: {e}") from None

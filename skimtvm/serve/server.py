@@ -24,6 +24,7 @@ from .worker import Config
 
 SLOTS = 2  # batches a worker holds: one that runs, one that is ready to follow
 MAX_CONNECTIONS = 1024  # beyond that uvicorn itself answers 503
+KEEP_ALIVE = 75  # seconds for which an idle connection stays open: longer than clients keep theirs
 _DRAIN_MARGIN = 5.0  # seconds beyond a request's time limit that stopping may take
 
 
@@ -117,7 +118,8 @@ async def _serve(
     config = uvicorn.Config(
         app.asgi(), http="h11", ws="none", loop="asyncio", lifespan="off", interface="asgi3",
         log_config=None, access_log=False, server_header=False, proxy_headers=False,
-        limit_concurrency=MAX_CONNECTIONS, timeout_graceful_shutdown=int(settings.timeout + _DRAIN_MARGIN),
+        limit_concurrency=MAX_CONNECTIONS, timeout_keep_alive=KEEP_ALIVE,
+        timeout_graceful_shutdown=int(settings.timeout + _DRAIN_MARGIN),
     )  # fmt: skip
     host, port = listener.getsockname()[:2]
     server = _Server(config)
