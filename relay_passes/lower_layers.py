@@ -21,9 +21,10 @@ from ..kernels import FEW_ROWS
 from ..layout import Phases, natural
 from ..report import LayerRecord
 from ..schedules import conv2d as conv
-from ..schedules import dense, gather_gemm, interleaved, moves
+from ..schedules import interleaved, moves
 from ..schedules import winograd_conv2d as wino
 from ..schedules.pointwise import Slot, emit_pointwise
+from ..schedules.sites import AnyKnobs, ConvSite, FcSite, Site
 from ..schedules.winograd import emit as emit_winograd
 from ..target import CpuTarget
 from ..workload import WinogradWorkload
@@ -34,15 +35,20 @@ from .nodes import Node, classify, nchw
 from .plan_layouts import Plan
 
 Chooser = Callable[[Layer], Choice]
+KnobSource = Callable[[Site], tuple[AnyKnobs, str]]  # knobs of a layer, and where they come from (empty: the default)
 
 
 @tvm.transform.module_pass(opt_level=0, name="LowerLayers")
 class LowerLayers:
-    """``choices``: kernel of each layer by name; ``interleave``: images that share a vector (1: planes). After the run
-    ``calls`` holds (function name, record) of every kernel call in execution order and ``plan`` the places."""
+    """``choices``: kernel of each layer by name; ``interleave``: images that share a vector (1: planes); ``knobs``: the
+    knobs of each layer (None: the defaults). After the run ``calls`` holds (function name, record) of every kernel call in
+    execution order and ``plan`` the places."""
 
-    def __init__(self, target: CpuTarget, choices: Mapping[str, Choice], interleave: int = 1) -> None:
+    def __init__(
+        self, target: CpuTarget, choices: Mapping[str, Choice], interleave: int = 1, knobs: KnobSource | None = None
+    ) -> None:
         self.target, self.choices, self.interleave = target, choices, interleave
+        self.knobs: KnobSource = knobs or (lambda site: (site.default(target), ""))
         self.calls: list[tuple[str, LayerRecord]] = []
         self.plan: Plan | None = None
 
@@ -52,7 +58,7 @@ class LowerLayers:
             return mod
         nodes = classify(graph, FEW_ROWS)
         self.plan = Plan(nodes, list(graph.func.params), self.interleave)
-        lowering = _Lowering(graph, nodes, self.plan, self.target, self.choices)
+        lowering = _Lowering(self.knobs, graph, nodes, self.plan, self.target, self.choices)
         out = lowering.run()
         self.calls = lowering.calls
         return out
@@ -60,6 +66,10 @@ class LowerLayers:
 
 class _Lowering(FlatValues):
     """Emits the calls of each kind of node."""
+
+    def __init__(self, knobs: KnobSource, *values: Any) -> None:
+        super().__init__(*values)
+        self.knobs = knobs
 
     # -- the module ------------------------------------------------------------------------------------------------
     def run(self) -> tvm.IRModule:
@@ -134,28 +144,19 @@ class _Lowering(FlatValues):
         dst = self._slot(self.plan.places[n.var])
         residuals = [self._contiguous(t) for t in n.inputs[1:]]
         weight = layer.weight if layer.weight.ndim == 4 else np.ascontiguousarray(layer.weight.T)[:, :, None, None]
-        rows = 8 if choice.kernel == "dense" else choice.rows
-        knobs = conv.default_knobs(wl, rows, choice.kernel == "dense", src, dst, target, choice.stored)
-        kernel = conv.build(
-            wl,
-            weight,
-            src,
-            dst,
-            knobs,
-            epilogue=layer.program,
-            tensors=tuple(s for _, s in residuals),
-            channels=channels,
-        )
-        gemm = kernel.gemm
-        fmt = "dense" if knobs.dense else "csr" if knobs.rows == 1 else "bsr"
         op = "dense" if layer.kind == "dense" else "depthwise_conv2d" if wl.groups == wl.c > 1 else "conv2d"
-        name = f"f32_{fmt}_{op}_{knobs.rows}x{knobs.vectors * knobs.lanes}_{target.isa}"
+        site = ConvSite(
+            choice.kernel, choice.rows, choice.stored, wl, weight, src, dst, layer.program,
+            tuple(s for _, s in residuals), channels, op, self.name_of[n.var],
+        )  # fmt: skip
+        knobs, origin = self.knobs(site)
+        kernel = site.build(knobs, target)
         args = [buffer, *(self._const(a) for a in kernel.constants), *self._channel_args(n), *(b for b, _ in residuals)]
         record = self._record(
-            n, op, kernel=name, reason=choice.reason, macs=wl.macs, nnz=int(np.count_nonzero(weight)), weights=weight.size,
-            stored_bytes=kernel.stored_bytes,
+            n, op, kernel=kernel.name, reason=choice.reason, macs=wl.macs, nnz=int(np.count_nonzero(weight)),
+            weights=weight.size, stored_bytes=kernel.stored_bytes, knobs=origin,
         )  # fmt: skip
-        self._write(n.var, gemm, name, lambda: gather_gemm.emit(gemm), args, record)
+        self._write(n.var, kernel.key, kernel.name, kernel.emit, args, record)
 
     def _lower_winograd(self, n: Node, choice: Choice) -> None:
         layer, wl, target, m = n.layer, n.workload, self.target, choice.winograd
@@ -198,12 +199,14 @@ class _Lowering(FlatValues):
         layer, wl = n.layer, n.workload
         assert layer is not None and layer.weight is not None
         choice = self._choice(layer)
-        kernel = dense.build(wl, layer.weight, choice.kernel, layer.program, len(n.inputs) - 1, self.target)
+        site = FcSite(choice.kernel, choice.stored, wl, layer.weight, layer.program, len(n.inputs) - 1, layer.name)
+        knobs, origin = self.knobs(site)
+        kernel = site.build(knobs, self.target)
         inputs = [self.bb.emit(relax.op.reshape(self.tensor(t), (int(np.prod(shape_of(t))),))) for t in n.inputs]
         args = [inputs[0], *(self._const(a) for a in kernel.constants), *self._channel_args(n), *inputs[1:]]
         record = self._record(
             n, "dense", kernel=kernel.name, reason=choice.reason, macs=wl.macs, nnz=int(np.count_nonzero(layer.weight)),
-            weights=layer.weight.size, stored_bytes=kernel.stored_bytes,
+            weights=layer.weight.size, stored_bytes=kernel.stored_bytes, knobs=origin,
         )  # fmt: skip
         flat = self._call(kernel.key, kernel.name, kernel.emit, args, wl.m * wl.n, record)
         self.tensors[n.var] = self.bb.emit(relax.op.reshape(flat, shape_of(n.var)))

@@ -1,7 +1,7 @@
 """Fully connected layers of few rows (batch below 8): bound by the bytes of the weights, so weights are read once.
 
 ``dense``: output channels lie in the vector lanes, weights are packed [n / (16 V)][k][16 V] and stream in order, inputs
-are broadcast. ``csr``: one output channel at a time, eight independent sums hide the latency of the multiply-adds, a
+are broadcast. ``csr``: one output channel at a time, independent sums hide the latency of the multiply-adds, a
 column index takes 16 bits where the input is short enough; rows are cut into parallel chunks by nonzeros. Larger batches
 are 1x1 convolutions over an image of one pixel a row (``gather_gemm``), where the batch fills the lanes.
 
@@ -21,14 +21,23 @@ import numpy.typing as npt
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as B
 
-from ..layout import round_up
+from ..layout import LINE, round_up
 from ..target import CpuTarget
 from ..workload import DenseWorkload
-from .emit import broadcast, finish, kernel_attrs, lane_mask, loop, store, vector
+from .emit import broadcast, fetch, finish, kernel_attrs, lane_mask, loop, store, vector
 from .pointwise import Program
 
-SUMS = 8  # 4 cycles of latency x 2 multiply-adds a cycle
-CHUNKS = 16
+
+@dataclass(frozen=True)
+class FcKnobs:
+    """``sums``: independent sums of a row (csr); ``vectors``: registers of output channels that share a broadcast input
+    (dense); ``chunks``: parallel pieces of the rows (csr); ``ahead``: weights that are fetched ahead of their use, 0 for
+    none."""
+
+    sums: int = 8
+    vectors: int = 4
+    chunks: int = 16
+    ahead: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,12 +52,18 @@ class FcKernel:
 
 
 def build(
-    wl: DenseWorkload, weight: npt.NDArray[np.float32], kernel: str, epilogue: Program, tensors: int, target: CpuTarget
+    wl: DenseWorkload,
+    weight: npt.NDArray[np.float32],
+    kernel: str,
+    epilogue: Program,
+    tensors: int,
+    target: CpuTarget,
+    knobs: FcKnobs,
 ) -> FcKernel:
     """Kernel for x @ weight, weight f32[k, n], ``kernel`` dense or csr."""
     if kernel == "dense":
-        return _dense(wl, weight, epilogue, tensors, target)
-    return _csr(wl, weight, epilogue, tensors, target)
+        return _dense(wl, weight, epilogue, tensors, target, knobs)
+    return _csr(wl, weight, epilogue, tensors, target, knobs)
 
 
 class _Args:
@@ -75,11 +90,15 @@ class _Args:
 
 
 def _dense(
-    wl: DenseWorkload, weight: npt.NDArray[np.float32], epilogue: Program, tensors: int, target: CpuTarget
+    wl: DenseWorkload,
+    weight: npt.NDArray[np.float32],
+    epilogue: Program,
+    tensors: int,
+    target: CpuTarget,
+    knobs: FcKnobs,
 ) -> FcKernel:
     lanes = target.lanes
-    vectors = max(1, min(4, (target.registers - 6) // wl.m, -(-wl.n // lanes)))
-    width = vectors * lanes
+    width = knobs.vectors * lanes
     full, rest = divmod(wl.n, width)
     blocks = full + (rest > 0)
     padded = np.zeros((wl.k, blocks * width), np.float32)
@@ -100,6 +119,9 @@ def _dense(
                     for v in range(used):
                         store(acc[m], broadcast(B.float32(0), lanes), v * lanes, lanes)
                 with loop(wl.k) as k:
+                    if knobs.ahead:
+                        for line in range(max(1, used * lanes // LINE)):
+                            fetch(w, (b * wl.k + k) * width + knobs.ahead + line * LINE)
                     ws = [B.bind(vector(w, (b * wl.k + k) * width + v * lanes, lanes)) for v in range(used)]
                     for m in range(wl.m):
                         value = broadcast(x[m * wl.k + k], lanes)
@@ -123,25 +145,31 @@ def _dense(
         return finish(ib)
 
     name = f"f32_dense_fc_{wl.m}x{width}_{target.isa}"
-    return FcKernel(name, ("fc", wl, epilogue, tensors), (packed,), packed.nbytes, emit)
+    return FcKernel(name, ("fc", wl, epilogue, tensors, knobs), (packed,), packed.nbytes, emit)
 
 
 def _csr(
-    wl: DenseWorkload, weight: npt.NDArray[np.float32], epilogue: Program, tensors: int, target: CpuTarget
+    wl: DenseWorkload,
+    weight: npt.NDArray[np.float32],
+    epilogue: Program,
+    tensors: int,
+    target: CpuTarget,
+    knobs: FcKnobs,
 ) -> FcKernel:
     rows, cols = np.nonzero(weight.T)
     counts = np.bincount(rows, minlength=wl.n)
-    padded = np.array([round_up(int(c), SUMS) for c in counts])
+    width = knobs.sums
+    padded = np.array([round_up(int(c), width) for c in counts])
     ip = np.zeros(wl.n + 1, np.int32)
     np.cumsum(padded, out=ip[1:])
     index_type = np.uint16 if wl.k <= 1 << 16 else np.int32
-    total = max(int(ip[-1]), SUMS)
+    total = max(int(ip[-1]), width)
     index, data = np.zeros(total, index_type), np.zeros(total, np.float32)
     starts = np.cumsum(counts) - counts
     at = ip[rows] + (np.arange(rows.size) - starts[rows])
     index[at], data[at] = cols, weight.T[rows, cols]
-    chunks = min(CHUNKS, wl.n)
-    work = np.concatenate([[0], np.cumsum(padded + SUMS)])
+    chunks = min(knobs.chunks, wl.n)
+    work = np.concatenate([[0], np.cumsum(padded + width)])
     inner = np.searchsorted(work, work[-1] * np.arange(1, chunks) / chunks)
     cut = np.concatenate([[0], inner, [wl.n]]).astype(np.int32)
     dtype = str(np.dtype(index_type))
@@ -161,13 +189,16 @@ def _csr(
                 with B.serial(0, cuts[chunk + 1] - first) as i:
                     n = B.bind(first + i)
                     start = B.bind(ips[n])
-                    groups = B.bind((ips[n + 1] - start) // SUMS)
+                    groups = B.bind((ips[n + 1] - start) // width)
                     for m in range(wl.m):
-                        acc = [B.alloc_buffer((1,), "float32") for _ in range(SUMS)]
+                        acc = [B.alloc_buffer((1,), "float32") for _ in range(width)]
                         for a in acc:
                             B.buffer_store(a, B.float32(0), [0])
                         with B.serial(0, groups) as g:
-                            p = B.bind(start + g * SUMS)
+                            p = B.bind(start + g * width)
+                            if knobs.ahead:
+                                fetch(idx, p + knobs.ahead)
+                                fetch(val, p + knobs.ahead)
                             for j, a in enumerate(acc):
                                 column = B.cast(idx[p + j], "int32")
                                 B.buffer_store(a, a[0] + val[p + j] * x[m * wl.k + column], [0])
@@ -179,4 +210,4 @@ def _csr(
 
     name = f"f32_csr_fc_{wl.m}x1_{target.isa}"
     stored = ip.nbytes + index.nbytes + data.nbytes
-    return FcKernel(name, ("csr_fc", wl, epilogue, tensors, chunks), (ip, index, data, cut), stored, emit)
+    return FcKernel(name, ("csr_fc", wl, epilogue, tensors, knobs), (ip, index, data, cut), stored, emit)

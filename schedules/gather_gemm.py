@@ -45,13 +45,19 @@ from .emit import broadcast, fetch, finish, kernel_attrs, loop, store, vector, z
 from .interleaved import zero_halo
 from .pointwise import Program, Slot, split_bias
 
+# Weights stream through once a tile. The hardware prefetcher stops at the end of every 4 KB page, so they are fetched
+# ahead by hand: lines before their use in a dense stream, lines of the lists that the next row groups of a sparse one will
+# need.
+DENSE_AHEAD, CSR_AHEAD = 32, 4
+
 
 @dataclass(frozen=True)
 class Knobs:
     """``rows``: R; ``vectors``: V; ``channel_block``: input channels whose tile should fit L1; ``chunks``: parallel
     pieces that the row groups are cut into; ``dense``: every column is stored, without ``ip``; ``lanes``: floats in a
     vector, which may be half a register where whole ones would leave many lanes without a pixel; ``across``: lanes are
-    output channels (``across.py``), R of them, and V counts pixels."""
+    output channels (``across.py``), R of them, and V counts pixels; ``ahead``: cache lines of weights that are fetched
+    ahead of their use."""
 
     rows: int
     vectors: int
@@ -60,6 +66,7 @@ class Knobs:
     dense: bool = False
     lanes: int = 16
     across: bool = False
+    ahead: int = CSR_AHEAD
 
 
 @dataclass(frozen=True)
@@ -130,10 +137,6 @@ def row_count(runs: tuple[RowRun, ...]) -> int:
     return sum(r.groups * r.rows for r in runs)
 
 
-# Weights stream through once a tile. The hardware prefetcher stops at the end of every 4 KB page, so they are fetched
-# ahead by hand: floats of a dense stream, lines of the lists that the next row groups of a sparse one will need.
-DENSE_AHEAD = 512
-CSR_LINES = 4
 FETCH_MOST = 16  # lines of the next source tile that one row group fetches
 
 
@@ -292,7 +295,7 @@ class Body:
             skip = B.bind(g * run.columns)
         else:
             low, high = r.ip[block * run.groups + g], r.ip[block * run.groups + g + 1]
-            for line in range(CSR_LINES):  # what the next row groups will read
+            for line in range(gemm.knobs.ahead):  # what the next row groups will read
                 fetch(r.off, high + line * LINE)
                 for part in range(min(run.rows, 4)):
                     fetch(r.data, (high + line * LINE) * run.rows + part * LINE)
@@ -300,8 +303,8 @@ class Body:
                 self._fetch_ahead(r, block * run.groups + g, start, vectors)
             base, skip = B.bind(gemm.src.base + start), 0
         with span(low, high) as e:
-            if r.ip is None:
-                fetch(r.data, (skip + e) * run.rows + DENSE_AHEAD)
+            if r.ip is None and gemm.knobs.ahead:
+                fetch(r.data, (skip + e) * run.rows + gemm.knobs.ahead * LINE)
             at = B.bind(base + r.off[e])
             weights = [B.bind(r.data[(skip + e) * run.rows + i]) for i in range(run.rows)]
             for v in range(vectors):

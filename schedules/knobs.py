@@ -1,6 +1,12 @@
-"""Default knobs of the gather GEMM from a small cost model: what a tuned record replaces, and where search starts.
+"""The knobs of each kernel: which combinations are legal, and the default by a small cost model.
 
-The model counts cycles a row group and tile: each stored entry loads V vectors of the source (or is bound by its R * V
+A space lists its legal knobs; what cannot work is left out by construction, not found by timing: accumulators that spill,
+vectors that the target lacks, tile heights and channel blocks that differ in name only, more parallel pieces than there
+is work. Other choices are made before a layer has knobs: how an input is laid out (for all its readers at once) by
+``plan_layouts``, and how many output channels share a load (R) by the chooser.
+
+The default is what a tuned record replaces, and where search starts. Its model counts cycles a row group and tile: each
+stored entry loads V vectors of the source (or is bound by its R * V
 multiply-adds), each visit of a channel block reloads and stores the accumulators. Its constants were fitted to sweeps on
 Zen 4 (3x3 and 1x1, 64 to 2048 channels, 7x7 to 56x56, 90% sparse): a load that crosses a cache line costs 1.7, and a
 source tile that outgrows L1 slows every load, k x k more than 1x1, since it returns to each line several times.
@@ -8,13 +14,17 @@ source tile that outgrows L1 slows every load, k x k more than 1x1, since it ret
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from ..layout import round_up
 from ..target import CpuTarget
-from ..workload import ConvWorkload
-from .gather_gemm import Knobs
+from ..workload import ConvWorkload, DenseWorkload
+from .dense import FcKnobs
+from .gather_gemm import DENSE_AHEAD, Knobs
 from .pointwise import Slot
 
 Tap = tuple[int, int, int]  # phase, row, column
@@ -33,7 +43,7 @@ MISALIGNED = 0.985  # of a dense layer's rate where its taps cross cache lines
 def candidates(rows: int, total: int, lanes: int, target: CpuTarget) -> list[int]:
     """Tile heights V that stay in registers and in accumulator buffers below 1 KB (field limits of TVM), balanced."""
     registers = target.registers - 6  # the rest holds loaded vectors and broadcasts
-    most = max(1, min(registers // rows, 1008 // (4 * lanes), WIDEST // lanes))
+    most = max(1, min(registers // rows, ACCUMULATOR_BYTES // (4 * lanes), WIDEST // lanes))
     return sorted({-(-total // -(-total // v)) for v in range(1, most + 1)})
 
 
@@ -77,32 +87,57 @@ def default_knobs(
     rest = wl.n // images * wl.out_h if images > 1 else 1  # rows of pixels, from each of which tiles are cut
     if dense:
         return _dense(rows, per_group, positions, rest, cg, wl, target, dst)
-    aligned = images > 1 or all(t[1] == t[2] == 0 for t in taps)
-    entries = max(stored, 1e-3) * cg * len(taps)
     best: tuple[float, Knobs] | None = None
     for lanes in [images] if images > 1 else sorted({target.lanes, 8}, reverse=True):
-        unit = 1.0 if lanes == target.lanes else NARROW[False]
-        load = (NARROW[True] if lanes < target.lanes else 1.0) if aligned else CROSSING * unit
         total = -(-positions // lanes)
         for vectors in candidates(rows, total, lanes, target):
-            if images > 1:
-                lines = interleaved_lines(taps, vectors, wl.strides[1]) * images // 16
-            else:
-                lines = lines_of_tile(taps, vectors * lanes, src.layout.row_pitch)
+            chunks = _chunks(total * rest, vectors, wl.k // rows)
             for blocks in sorted({min(cg, 1 << i) for i in range(8)} | {3, 5, 6, 10, 12}):
                 if blocks > cg:
                     continue
-                block = -(-cg // blocks)
-                excess = math.log2(max(1.0, block * lines * 64 / target.l1_bytes))
-                slow = 1 + (0.30 if len(taps) == 1 else 0.25) * excess
-                entry = max(vectors * rows * unit, vectors * load * slow + rows / 2) + ENTRY
-                visit = VISIT + vectors * rows * unit * (2 if blocks > 1 else 1)
-                cost = total / vectors * (entries * entry + blocks * visit)
+                knobs = Knobs(rows, vectors, -(-cg // blocks), chunks, False, lanes)
+                cost = cycles(wl, knobs, src, dst, target, taps, stored, blocks)
                 if best is None or cost < best[0]:
-                    chunks = _chunks(total * rest, vectors, wl.k // rows)
-                    best = cost, Knobs(rows, vectors, block, chunks, False, lanes)
+                    best = cost, knobs
     assert best is not None
     return best[1]
+
+
+def footprint(wl: ConvWorkload, knobs: Knobs, src: Slot, taps: Sequence[Tap]) -> int:
+    """Bytes of the source that a tile and channel block touch."""
+    images = src.layout.interleave
+    if images > 1:
+        lines = interleaved_lines(taps, knobs.vectors, wl.strides[1]) * images // 16
+    else:
+        lines = lines_of_tile(taps, knobs.vectors * knobs.lanes, src.layout.row_pitch)
+    return knobs.channel_block * lines * 64
+
+
+def cycles(
+    wl: ConvWorkload,
+    knobs: Knobs,
+    src: Slot,
+    dst: Slot,
+    target: CpuTarget,
+    taps: Sequence[Tap],
+    stored: float,
+    blocks: int | None = None,
+) -> float:
+    """The model's cycles for one row group on all positions (interleaved: on a row); ``stored`` as in
+    ``default_knobs``."""
+    cg, images = wl.c // wl.groups, dst.layout.interleave
+    rows, vectors, lanes = knobs.rows, knobs.vectors, knobs.lanes
+    blocks = blocks or -(-cg // knobs.channel_block)
+    entries = max(stored, 1e-3) * cg * len(taps)
+    unit = 1.0 if lanes == target.lanes else NARROW[False]
+    aligned = images > 1 or all(t[1] == t[2] == 0 for t in taps)
+    load = (NARROW[True] if lanes < target.lanes else 1.0) if aligned else CROSSING * unit
+    excess = math.log2(max(1.0, footprint(wl, knobs, src, taps) / target.l1_bytes))
+    slow = 1 + (0.30 if len(taps) == 1 else 0.25) * excess
+    entry = max(vectors * rows * unit, vectors * load * slow + rows / 2) + ENTRY
+    visit = VISIT + vectors * rows * unit * (2 if blocks > 1 else 1)
+    total = dst.layout.w if images > 1 else -(-dst.layout.positions // lanes)
+    return total / vectors * (entries * entry + blocks * visit)
 
 
 def _dense(
@@ -129,7 +164,7 @@ def _dense(
         wide = min(wide, 8)
     total = -(-positions // lanes)
     vectors = -(-total // -(-total // wide))
-    return Knobs(rows, vectors, cg, _chunks(total * rest, vectors, wl.k // rows), True, lanes)
+    return Knobs(rows, vectors, cg, _chunks(total * rest, vectors, wl.k // rows), True, lanes, DENSE_AHEAD)
 
 
 def _across(per_group: int, columns: int, width: int) -> tuple[tuple[int, int], float] | None:
@@ -146,3 +181,125 @@ def _chunks(total: int, vectors: int, groups: int) -> int:
     """Pieces of the row groups that may run in parallel where there are few tiles."""
     tiles = -(-total // vectors)
     return min(max(1, 8 // tiles), max(1, groups))
+
+
+# ---- spaces ------------------------------------------------------------------------------------------------------
+
+ACCUMULATOR_BYTES = 1008  # of one row: TVM puts buffers from 1 KB on to the heap
+SHORTEST = 16  # positions in a tile, unless the plane has fewer
+BLOCKS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32)
+DENSE_ROWS = (3, 4, 6, 8, 12)
+AHEAD = {True: (0, DENSE_AHEAD), False: (0, 4)}  # by whether every column is stored
+FC_AHEAD = (0, 128, 256, 512, 1024, 2048)
+
+
+def registers_used(rows: int, vectors: int, lanes: int, target: CpuTarget) -> int:
+    """Vector registers that stay busy in the loop over entries: accumulators, one source vector, and the broadcast
+    weights, except where a multiply-add takes them from memory (AVX-512, one vector a row)."""
+    broadcasts = 0 if vectors == 1 and target.registers > 16 else rows
+    return rows * vectors + broadcasts + 1
+
+
+def fits(rows: int, vectors: int, lanes: int, target: CpuTarget) -> bool:
+    """Whether R x V accumulators of ``lanes`` floats stay in registers."""
+    if lanes not in (8, 16) or lanes > target.lanes or vectors * lanes * 4 > ACCUMULATOR_BYTES:
+        return False
+    return registers_used(rows, vectors, lanes, target) <= target.registers
+
+
+def heights(rows: int, total: int, lanes: int, target: CpuTarget) -> tuple[int, ...]:
+    """Tile heights V that fit and give different tiles of ``total`` vectors, each as low as its number of tiles allows."""
+    legal = [v for v in range(1, total + 1) if fits(rows, v, lanes, target)]
+    balanced = {-(-total // -(-total // v)) for v in legal}
+    lowest = min(max(balanced, default=1), SHORTEST // lanes)
+    return tuple(sorted(v for v in balanced if v >= lowest))
+
+
+@dataclass(frozen=True)
+class ConvSpace:
+    """Legal knobs of one gather GEMM. ``tiles``: (rows, lanes, vectors) that fit the registers; ``blocks``: channel
+    blocks that differ in their number; ``start``: the default, which is always a member."""
+
+    start: Knobs
+    tiles: tuple[tuple[int, int, int], ...]
+    blocks: tuple[int, ...]
+    chunks: tuple[int, ...]
+    ahead: tuple[int, ...]
+
+    def __iter__(self) -> Iterator[Knobs]:
+        seen = {self.start}
+        yield self.start
+        for tile, block, chunks, ahead in itertools.product(self.tiles, self.blocks, self.chunks, self.ahead):
+            rows, lanes, vectors = tile
+            knobs = dataclasses.replace(
+                self.start, rows=rows, lanes=lanes, vectors=vectors, channel_block=block, chunks=chunks, ahead=ahead
+            )
+            if knobs not in seen:
+                seen.add(knobs)
+                yield knobs
+
+    def __contains__(self, knobs: object) -> bool:
+        return any(knobs == k for k in self)
+
+
+@dataclass(frozen=True)
+class FcSpace:
+    """Legal knobs of a fully connected layer of few rows."""
+
+    start: FcKnobs
+    sums: tuple[int, ...]
+    vectors: tuple[int, ...]
+    chunks: tuple[int, ...]
+    ahead: tuple[int, ...]
+
+    def __iter__(self) -> Iterator[FcKnobs]:
+        yield self.start
+        for values in itertools.product(self.sums, self.vectors, self.chunks, self.ahead):
+            knobs = FcKnobs(*values)
+            if knobs != self.start:
+                yield knobs
+
+    def __contains__(self, knobs: object) -> bool:
+        return any(knobs == k for k in self)
+
+
+Space = ConvSpace | FcSpace
+
+
+def conv_space(wl: ConvWorkload, dst: Slot, start: Knobs, target: CpuTarget, threads: int) -> ConvSpace:
+    """``start``: the default knobs, whose format stays."""
+    cg, images = wl.c // wl.groups, dst.layout.interleave
+    positions = dst.layout.w * images if images > 1 else dst.layout.positions
+    if start.across:  # pixels and channels change places: a kernel of its own, whose only knobs are its default
+        return ConvSpace(start, (), (), (), ())
+    rows = DENSE_ROWS if start.dense else ()
+    per_group = wl.k // wl.groups
+    legal = [r for r in rows if r <= per_group and (wl.groups == 1 or per_group % r == 0)]
+    tiles = tuple(
+        (r, lanes, v)
+        for r in sorted({start.rows, *legal})
+        for lanes in ((images,) if images > 1 else (16, 8))
+        if lanes <= target.lanes
+        for v in heights(r, -(-positions // lanes), lanes, target)
+    )
+    blocks = tuple(sorted({-(-cg // n) for n in BLOCKS if n <= cg}, reverse=True))
+    pieces = {start.chunks} if threads == 1 else {start.chunks, 1, threads, 2 * threads, 4 * threads}
+    chunks = tuple(sorted(c for c in pieces if c <= max(1, wl.k // start.rows)))
+    return ConvSpace(start, tiles, (cg,) if start.dense else blocks, chunks, AHEAD[start.dense])
+
+
+def fc_default(wl: DenseWorkload, dense: bool, target: CpuTarget) -> FcKnobs:
+    """Eight sums hide four cycles of latency at two multiply-adds a cycle."""
+    if not dense:
+        return FcKnobs(chunks=min(16, wl.n), vectors=1)
+    return FcKnobs(sums=1, vectors=max(1, min(4, (target.registers - 6) // wl.m, -(-wl.n // target.lanes))), chunks=1)
+
+
+def fc_space(wl: DenseWorkload, start: FcKnobs, dense: bool, target: CpuTarget, threads: int) -> FcSpace:
+    if dense:
+        most = min(8, -(-wl.n // target.lanes))
+        vectors = tuple(v for v in range(1, most + 1) if wl.m * v + v + 1 <= target.registers)
+        return FcSpace(start, (1,), vectors, (1,), FC_AHEAD)
+    pieces = {start.chunks} if threads == 1 else {start.chunks, threads, 4 * threads, 16 * threads}
+    sums = (4, 8, 16) if target.registers > 16 else (4, 8)
+    return FcSpace(start, sums, (1,), tuple(sorted(c for c in pieces if c <= wl.n)), FC_AHEAD)

@@ -17,8 +17,11 @@ from .batching import estimate
 from .errors import InternalError, InvalidModel, InvalidOption, SkimError
 from .importer import ImportedModel, load_model
 from .relay_passes.join_sizes import join_sizes
+from .relay_passes.lower_layers import KnobSource
 from .report import Manifest, Variant
 from .target import CpuTarget, resolve
+from .tune.log import SHIPPED
+from .tune.lookup import Lookup
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,8 @@ class CompileOptions:
     ``sparse_threshold``: a layer of at most this density runs sparse (default: the cost model decides);
     ``force``: (layer, kernel) pairs; ``dump_ir``: directory for the module after each phase; ``tolerance``: largest
     error, over the largest output of a layer, that a kernel may add for speed: what F(4x4,3x3) adds to ordinary weights
-    (about 1e-5) passes the default."""
+    (about 1e-5) passes the default; ``log``: tuning log to use before the one that comes with the package, or "none" for
+    default knobs everywhere."""
 
     target: str = "auto"
     batch: int | tuple[int, ...] | None = None
@@ -36,6 +40,7 @@ class CompileOptions:
     force: tuple[tuple[str, str], ...] = ()
     dump_ir: Path | None = None
     tolerance: float = 1e-4
+    log: str | None = None
 
     def __post_init__(self) -> None:
         if self.batch is not None:
@@ -77,8 +82,9 @@ def compile_model(
     options = options or CompileOptions()
     step = progress or (lambda phase, fraction: None)
     cpu = resolve(options.target)
+    lookup = Lookup.load(log_folders(options.log), cpu)
     try:
-        lowered = [_lower(source, options, cpu, batch, step) for batch in options.batches or (options.batch,)]
+        lowered = lower_model(source, options, cpu, lookup, step)
         model, last = lowered[-1]
         mod = last.mod
         if options.batches:
@@ -109,7 +115,7 @@ def compile_model(
         model_sha256=model.sha256,
         model_name=model.name,
         options=options.record(),
-        warnings=model.warnings,
+        warnings=(*model.warnings, *lookup.warnings),
         batches=options.batches,
         seconds=tuple(estimate(low.layers, len(low.calls)) for _, low in lowered) if options.batches else (),
         variants=tuple(
@@ -121,11 +127,34 @@ def compile_model(
     return Compiled(manifest, executable)
 
 
+def log_folders(log: str | None) -> tuple[Path, ...]:
+    """Folders of tuning logs, the one that wins first. Raises InvalidOption."""
+    if log == "none":
+        return ()
+    if log is None:
+        return (SHIPPED,)
+    if not Path(log).is_dir():
+        raise InvalidOption(f"tuning log '{log}' is no folder; give what skimtvm tune --log wrote, or none")
+    return (Path(log), SHIPPED)
+
+
+def lower_model(
+    source: Any,
+    options: CompileOptions,
+    cpu: CpuTarget,
+    knobs: KnobSource | None = None,
+    step: Callable[[str, float], None] = lambda phase, fraction: None,
+) -> list[tuple[ImportedModel, pipeline.Lowered]]:
+    """The network at each batch size that ``options`` ask for, down to kernel calls; ``knobs``: see ``LowerLayers``."""
+    return [_lower(source, options, cpu, batch, knobs, step) for batch in options.batches or (options.batch,)]
+
+
 def _lower(
     source: Any,
     options: CompileOptions,
     cpu: CpuTarget,
     batch: int | tuple[int, ...] | None,
+    knobs: KnobSource | None,
     step: Callable[[str, float], None],
 ) -> tuple[ImportedModel, pipeline.Lowered]:
     """Import the network and lower it, at one batch size."""
@@ -158,6 +187,7 @@ def _lower(
         force=dict(options.force),
         tolerance=options.tolerance,
         winograd=model.winograd,
+        knobs=knobs,
         dump_dir=dump,
         progress=part,
     )

@@ -24,7 +24,7 @@ from .relay_passes.fuse_layers import FuseLayers
 from .relay_passes.join_batch import join
 from .relay_passes.layers import read_layer
 from .relay_passes.legalize_rest import legalize_rest
-from .relay_passes.lower_layers import LowerLayers
+from .relay_passes.lower_layers import KnobSource, LowerLayers
 from .relay_passes.per_image import mixing
 from .relay_passes.split_batch import Cut, compare, find_cut, halves
 from .relay_passes.verify import verify_lowered
@@ -117,6 +117,7 @@ def run(
     force: dict[str, str] | None = None,
     tolerance: float = 1e-4,
     winograd: Mapping[str, tuple[int, int]] | None = None,
+    knobs: KnobSource | None = None,
     dump_dir: Path | None = None,
     progress: Progress | None = None,
 ) -> Lowered:
@@ -125,7 +126,8 @@ def run(
     ``single``: the same network imported at batch 1, when ``mod`` has a larger batch; its first layers may then run image
     by image (``split_batch``). ``keep_apart``: raise InvalidOption unless the images of a batch are known to be
     independent of each other. ``tolerance``: error over a layer's largest output that a kernel may add.
-    ``winograd``: (m, r) of the convolutions that stand for native Winograd layers, by name.
+    ``winograd``: (m, r) of the convolutions that stand for native Winograd layers, by name. ``knobs``: the knobs of each
+    layer's kernel (None: the defaults).
     """
     step, dump = progress or (lambda phase, fraction: None), _Dump(dump_dir)
     dump("import", mod)
@@ -153,17 +155,17 @@ def run(
         if parts is not None:
             first, second, batch, cut = parts
             step("lower", 0.2)
-            rest = _lower(second, target, choices, dump, "", cut.interleave) if second is not None else None
+            rest = _lower(second, target, choices, dump, "", cut.interleave, knobs) if second is not None else None
             if first is None:
                 assert rest is not None
                 return rest
-            one = _lower(first, target, choices, dump, "image_")
+            one = _lower(first, target, choices, dump, "image_", 1, knobs)
             reports = (one.layers, one.calls), (rest.layers, rest.calls) if rest else ((), ())
             joined = Lowered(*join(one.mod, rest.mod if rest else None, reports, batch, target, cut.reason))
             dump("join_batch", joined.mod)
             return joined
     step("lower", 0.2)
-    return _lower(whole, target, choices, dump, "")
+    return _lower(whole, target, choices, dump, "", 1, knobs)
 
 
 def _fuse(mod: tvm.IRModule, winograd: Mapping[str, tuple[int, int]], *, gates: bool) -> tvm.IRModule:
@@ -197,11 +199,17 @@ def _split(
 
 
 def _lower(
-    mod: tvm.IRModule, target: CpuTarget, choices: dict[str, Choice], dump: _Dump, prefix: str, interleave: int = 1
+    mod: tvm.IRModule,
+    target: CpuTarget,
+    choices: dict[str, Choice],
+    dump: _Dump,
+    prefix: str,
+    interleave: int,
+    knobs: KnobSource | None,
 ) -> Lowered:
     """Fused module -> kernel calls."""
     # 4. flat activation buffers, kernels of our own
-    lower: Any = LowerLayers(target, choices, interleave)
+    lower: Any = LowerLayers(target, choices, interleave, knobs)
     mod = lower(mod)
     dump(f"{prefix}lower_layers", mod, lower.plan.describe() if lower.plan else "")
     # 5. everything else: TVM's definitions of the operators, under a generic schedule

@@ -26,6 +26,7 @@ class LayerRecord:
     stored_bytes: int = 0
     epilogue: str = ""  # fused operators, e.g. "bias+add+relu"
     symbol: str = ""  # function in the module
+    knobs: str = ""  # the tuning record that its knobs come from; empty: the default knobs
 
     @property
     def density(self) -> float:

@@ -19,6 +19,7 @@ from .bench import bench_command
 from .compile import compile_command
 from .demo import demo_command
 from .inspect import inspect_command
+from .log import log_command
 from .package import package_command
 from .plot import plot_command
 from .profile import profile_command
@@ -26,6 +27,7 @@ from .prune import prune_command
 from .run import run_command
 from .serve import serve_command
 from .train_demo import train_demo_command
+from .tune import tune_command
 
 INTERRUPTED = 130  # what a shell reports for a process that Ctrl-C ended
 CRASHED = 70  # EX_SOFTWARE
@@ -97,5 +99,7 @@ for _command in (
     prune_command,
     train_demo_command,
     plot_command,
+    tune_command,
+    log_command,
 ):
     main.add_command(_command)

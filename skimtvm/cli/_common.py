@@ -135,7 +135,7 @@ def layer_rows(layers: Iterable[LayerRecord]) -> list[tuple[object, ...]]:
             layer.kernel,
             number(layer.density) if layer.weights else "",
             layer.nnz if layer.weights else "",
-            layer.reason,
+            layer.reason + (f"; {layer.knobs}" if layer.knobs else ""),
         )
         for layer in layers
     ]

@@ -39,6 +39,7 @@ from ._common import LAYER_COLUMNS, Batches, Pair, ShapePair, file_size, layer_r
 @click.option(
     "--tolerance", type=click.FloatRange(min=0, min_open=True), help="Relative error that optimisations may add."
 )
+@click.option("--log", help="Tuning log to use before the one that comes with the package; none for default knobs.")
 @click.option("--explain", is_flag=True, help="Print each layer's kernel and why it was chosen.")
 @click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")

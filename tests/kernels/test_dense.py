@@ -9,6 +9,7 @@ import pytest
 import tvm
 
 from skimtvm.schedules import dense
+from skimtvm.schedules.knobs import fc_default
 from skimtvm.schedules.pointwise import Instr, Program
 from skimtvm.target import TARGETS
 from skimtvm.workload import DenseWorkload
@@ -30,7 +31,8 @@ def test_matches_float64(m: int, k: int, n: int, kernel: str, density: float, cp
     w = (rng.standard_normal((k, n)) * (rng.random((k, n)) < density)).astype(np.float32)
     bias, residual = rng.standard_normal(n).astype(np.float32), rng.standard_normal((m, n)).astype(np.float32)
     target = TARGETS[cpu]
-    built = dense.build(DenseWorkload(m, k, n), w, kernel, EPILOGUE, 1, target)
+    knobs = fc_default(DenseWorkload(m, k, n), kernel == "dense", target)
+    built = dense.build(DenseWorkload(m, k, n), w, kernel, EPILOGUE, 1, target, knobs)
     executable = tvm.compile(built.emit().with_attr("global_symbol", "main"), target=target.tvm())
     arrays = [x.reshape(-1), *built.constants, bias, residual.reshape(-1), np.full(m * n, np.nan, np.float32)]
     args = [tvm.runtime.tensor(np.ascontiguousarray(a)) for a in arrays]
@@ -43,7 +45,8 @@ def test_matches_float64(m: int, k: int, n: int, kernel: str, density: float, cp
 
 def test_dense_streams_vectors_without_spills() -> None:
     target = TARGETS["znver4"]
-    built = dense.build(DenseWorkload(1, 256, 256), np.ones((256, 256), np.float32), "dense", Program(), 0, target)
+    wl, weight = DenseWorkload(1, 256, 256), np.ones((256, 256), np.float32)
+    built = dense.build(wl, weight, "dense", Program(), 0, target, fc_default(wl, True, target))
     asm = tvm.compile(built.emit().with_attr("global_symbol", "main"), target=target.tvm()).mod.inspect_source("asm")
     assert "zmm" in asm and len(re.findall(r"vmovups\s+%zmm\d+, -?\d*\(%rsp\)", asm)) == 0
 
@@ -51,5 +54,6 @@ def test_dense_streams_vectors_without_spills() -> None:
 def test_csr_stores_six_bytes_a_nonzero() -> None:
     rng = np.random.default_rng(0)
     w = (rng.standard_normal((4096, 512)) * (rng.random((4096, 512)) < 0.1)).astype(np.float32)
-    built = dense.build(DenseWorkload(1, 4096, 512), w, "csr", Program(), 0, TARGETS["znver4"])
+    wl, target = DenseWorkload(1, 4096, 512), TARGETS["znver4"]
+    built = dense.build(wl, w, "csr", Program(), 0, target, fc_default(wl, False, target))
     assert built.stored_bytes <= 6.3 * np.count_nonzero(w)

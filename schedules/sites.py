@@ -1,0 +1,174 @@
+"""A layer about to become a kernel: everything that its code and constants depend on, except the knobs.
+
+Lowering, the tuner and the lookup in a tuning log all see a layer as a site: they ask for its knob space, its default
+knobs, and for the kernel under given knobs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..layout import Halo, Space, plane
+from ..target import CpuTarget
+from ..workload import ConvWorkload, DenseWorkload
+from . import conv2d, dense, gather_gemm
+from . import knobs as model
+from .dense import FcKnobs
+from .gather_gemm import Knobs
+from .knobs import ConvSpace, FcSpace
+from .pointwise import Instr, Program, Slot
+
+F32 = npt.NDArray[np.float32]
+AnyKnobs = Knobs | FcKnobs
+
+
+@dataclass(frozen=True, eq=False)
+class Built:
+    """``emit`` makes the PrimFunc, whose parameters are the source, ``constants``, f32[k] for each channel operand of the
+    epilogue, the residuals, and the output, all flat. ``key``: equal for kernels of equal code."""
+
+    name: str
+    key: Any
+    constants: tuple[npt.NDArray[Any], ...]
+    stored_bytes: int
+    emit: Callable[[], Any]
+
+
+@dataclass(frozen=True, eq=False)
+class ConvSite:
+    """``kernel``: a row of ``KERNELS`` (dense, csr, bsr4, ...), ``rows``: its R; ``stored``: fraction of the R x 1 blocks
+    that hold a nonzero; ``channels``: where each input channel lies in ``src`` (None: in order)."""
+
+    kernel: str
+    rows: int
+    stored: float
+    workload: ConvWorkload
+    weight: F32
+    src: Slot
+    dst: Slot
+    epilogue: Program = field(default_factory=Program)
+    tensors: tuple[Slot, ...] = ()
+    channels: Sequence[int] | None = None
+    op: str = "conv2d"
+    layer: str = ""
+
+    @property
+    def name(self) -> str:
+        """Of the kernel in tuning logs."""
+        return f"{self.kernel}_conv2d"
+
+    @property
+    def layout(self) -> str:
+        """What of the layouts the code depends on: pitches, gaps, residuals."""
+        s, d = self.src.layout, self.dst.layout
+        parts = [d.interleave, s.row_pitch, s.c_pitch, d.c_pitch, d.positions, int(d.zero_halo), len(self.tensors)]
+        return "/".join(map(str, parts))
+
+    def default(self, target: CpuTarget) -> Knobs:
+        rows = 8 if self.kernel == "dense" else self.rows
+        return conv2d.default_knobs(
+            self.workload, rows, self.kernel == "dense", self.src, self.dst, target, self.stored
+        )
+
+    def space(self, target: CpuTarget, threads: int = 1) -> ConvSpace:
+        """Legal knobs of this site; those of ``default`` are among them."""
+        return model.conv_space(self.workload, self.dst, self.default(target), target, threads)
+
+    def build(self, knobs: AnyKnobs, target: CpuTarget) -> Built:
+        assert isinstance(knobs, Knobs)
+        kernel = conv2d.build(
+            self.workload, self.weight, self.src, self.dst, knobs,
+            epilogue=self.epilogue, tensors=self.tensors, channels=self.channels,
+        )  # fmt: skip
+        gemm = kernel.gemm
+        fmt = "dense" if knobs.dense else "csr" if knobs.rows == 1 else "bsr"
+        name = f"f32_{fmt}_{self.op}_{knobs.rows}x{knobs.vectors * knobs.lanes}_{target.isa}"
+        return Built(name, gemm, kernel.constants, kernel.stored_bytes, lambda: gather_gemm.emit(gemm))
+
+    def sizes(self) -> tuple[int, tuple[int, ...], int]:
+        """Floats of source, residuals and output."""
+        return self.src.size, tuple(t.size for t in self.tensors), self.dst.size
+
+
+@dataclass(frozen=True, eq=False)
+class FcSite:
+    """A fully connected layer of few rows; ``weight`` f32[k, n]; ``residuals``: tensors that the epilogue adds."""
+
+    kernel: str
+    stored: float
+    workload: DenseWorkload
+    weight: F32
+    epilogue: Program = field(default_factory=Program)
+    residuals: int = 0
+    layer: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.kernel}_fc"
+
+    @property
+    def layout(self) -> str:
+        return str(self.residuals)
+
+    def default(self, target: CpuTarget) -> FcKnobs:
+        return model.fc_default(self.workload, self.kernel == "dense", target)
+
+    def space(self, target: CpuTarget, threads: int = 1) -> FcSpace:
+        return model.fc_space(self.workload, self.default(target), self.kernel == "dense", target, threads)
+
+    def build(self, knobs: AnyKnobs, target: CpuTarget) -> Built:
+        assert isinstance(knobs, FcKnobs)
+        kernel = dense.build(self.workload, self.weight, self.kernel, self.epilogue, self.residuals, target, knobs)
+        return Built(kernel.name, kernel.key, kernel.constants, kernel.stored_bytes, kernel.emit)
+
+    def sizes(self) -> tuple[int, tuple[int, ...], int]:
+        wl = self.workload
+        return wl.m * wl.k, (wl.m * wl.n,) * self.residuals, wl.m * wl.n
+
+
+Site = ConvSite | FcSite
+
+
+# ---- versions ----------------------------------------------------------------------------------------------------
+
+
+@cache
+def version(name: str, target: CpuTarget) -> str:
+    """What tells records of one state of the kernel ``name`` (see ``Site.name``) from those of another: a hash of the
+    code and encoding of a few small layers, and of the knobs' names. Refactoring does not change it."""
+    kernel, _, op = name.rpartition("_")
+    digest = hashlib.sha256()
+    for site, changes in _samples(kernel, op):
+        default: Any = site.default(target)
+        knobs = dataclasses.replace(default, **changes)
+        built = site.build(knobs, target)
+        digest.update(f"{type(knobs).__name__}{dataclasses.asdict(knobs)}{built.emit().script()}".encode())
+        for array in built.constants:
+            digest.update(array.tobytes())
+    return digest.hexdigest()[:12]
+
+
+def _samples(kernel: str, op: str) -> list[tuple[Site, dict[str, int]]]:
+    rng = np.random.default_rng(0)
+    relu = Program((Instr("add", ("t0", "c0")), Instr("nn.relu", ("v0",))), 1, 1)
+    if op == "fc":
+        weight = (rng.standard_normal((40, 40)) * (rng.random((40, 40)) < 0.3)).astype(np.float32)
+        fc = FcSite(kernel, 0.3, DenseWorkload(1, 40, 40), weight, relu)
+        return [(fc, {}), (fc, {"ahead": 256})]
+    wl = ConvWorkload(1, 4, 9, 9, 16, 3, 3, padding=(1, 1, 1, 1))
+    rows = int(kernel.removeprefix("bsr")) if kernel.startswith("bsr") else 1
+    keep = np.repeat(rng.random((wl.k // rows, 4, 3, 3)) < 0.3, rows, axis=0)
+    weight = (rng.standard_normal(wl.weight_shape) * keep).astype(np.float32)
+    halo, space = Halo(1, 1, 1, 1), Space(10, 10)
+    src, dst = plane(1, wl.c, 9, 9, space, halo), plane(1, wl.k, 9, 9, space, halo)
+    slots = Slot(src, src.size), Slot(dst, dst.size)
+    conv = ConvSite(kernel, rows, 0.3, wl, weight, *slots, relu)
+    return [(conv, {}), (conv, {} if kernel == "dense" else {"channel_block": 2})]

@@ -1,0 +1,151 @@
+"""Which knobs to try next: at random, or by a model that learns from every trial."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import EnvironmentProblem, InvalidOption
+from ..schedules.sites import AnyKnobs
+from .features import F32, features
+from .tasks import Task
+
+BATCH = 8
+EPSILON = 0.2  # share of a batch that is random, so that the model also sees what it does not like
+FEW = 8  # trials that a model needs
+WORST = -3.0  # score of a failed candidate: log2 of an eighth of the default's speed
+METHODS = ("xgboost", "random")
+
+
+def xgboost() -> Any:
+    """Raises EnvironmentProblem."""
+    try:
+        import xgboost as package
+    except ImportError:
+        raise EnvironmentProblem(
+            "tuning with a model needs XGBoost: pip install 'skimtvm[tune]', or --search random"
+        ) from None
+    return package
+
+
+@dataclass
+class Samples:
+    """Trials of all tasks: what the model learns from. ``score``: log2 of the gain over the default."""
+
+    x: list[F32] = field(default_factory=list)
+    score: list[float] = field(default_factory=list)
+
+    def add(self, row: F32, score: float) -> None:
+        self.x.append(row)
+        self.score.append(score)
+
+    def __len__(self) -> int:
+        return len(self.score)
+
+
+class Model:
+    """Gradient-boosted trees from features to scores."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.package, self.seed, self.booster = xgboost(), seed, None
+
+    def fit(self, samples: Samples, weight: Sequence[float] | None = None) -> None:
+        data = self.package.DMatrix(np.stack(samples.x), np.array(samples.score, np.float32), weight=weight)
+        settings = {
+            "max_depth": 6, "eta": 0.15, "min_child_weight": 1, "subsample": 0.9, "lambda": 0.5,
+            "objective": "reg:squarederror", "nthread": 1, "seed": self.seed, "verbosity": 0,
+        }  # fmt: skip
+        self.booster = self.package.train(settings, data, num_boost_round=120)
+
+    def predict(self, x: F32) -> npt.NDArray[np.float32]:
+        assert self.booster is not None
+        scores: npt.NDArray[np.float32] = self.booster.predict(self.package.DMatrix(x))
+        return scores
+
+
+class Search:
+    """Proposes candidates of one task. ``first``: knobs that won elsewhere, tried before others; ``known``: knobs already
+    measured -> score; ``samples``: of other tasks, extended in place by ``tell``."""
+
+    def __init__(
+        self,
+        task: Task,
+        method: str,
+        *,
+        seed: int = 0,
+        first: Sequence[AnyKnobs] = (),
+        known: Mapping[AnyKnobs, float] | None = None,
+        samples: Samples | None = None,
+    ) -> None:
+        if method not in METHODS:
+            raise InvalidOption(f"search '{method}' is unknown; choose {' or '.join(METHODS)}")
+        self.task, self.method, self.seed = task, method, seed
+        self.rng = np.random.default_rng(seed)
+        self.default = task.site.default(task.target)
+        space = [k for k in task.site.space(task.target, task.threads) if k != self.default]
+        self.x = {k: row for k, row in zip(space, features(task, space), strict=True)}
+        self.left = dict.fromkeys(space)
+        self.samples = samples if samples is not None else Samples()
+        self.own = 0
+        self.predicted: dict[AnyKnobs, float] = {}
+        self.queue = [k for k in first if k in self.left]
+        for knobs, score in (known or {}).items():
+            self.tell(knobs, score)
+
+    def tell(self, knobs: AnyKnobs, score: float) -> None:
+        """A measured score; ``WORST`` for a failure."""
+        self.left.pop(knobs, None)
+        if knobs in self.x:
+            self.samples.add(self.x[knobs], max(score, WORST))
+            self.own += 1
+
+    def ask(self, count: int = BATCH) -> list[AnyKnobs]:
+        """Up to ``count`` candidates that have not been proposed; none when the space is exhausted."""
+        chosen: list[AnyKnobs] = []
+
+        def take(knobs: AnyKnobs) -> None:
+            if knobs in self.left and len(chosen) < count:
+                del self.left[knobs]
+                chosen.append(knobs)
+
+        if self.method == "random":
+            return self._random(count, take, chosen)
+        while self.queue and len(chosen) < max(1, count // 2):
+            take(self.queue.pop(0))
+        explore = max(1, round(EPSILON * count))
+        order = self._ranked()
+        for knobs in order:
+            if len(chosen) >= count - explore:
+                break
+            take(knobs)
+        return self._random(count, take, chosen)
+
+    def _random(self, count: int, take: Any, chosen: list[AnyKnobs]) -> list[AnyKnobs]:
+        rest = list(self.left)
+        for i in self.rng.permutation(len(rest))[: count - len(chosen)]:
+            take(rest[i])
+        return chosen
+
+    def _ranked(self) -> list[AnyKnobs]:
+        """What is left, best first: by the model, or by the hand-made model of cycles before there are trials."""
+        rest = list(self.left)
+        if not rest:
+            return []
+        x = np.stack([self.x[k] for k in rest])
+        if len(self.samples) < FEW:
+            return [rest[i] for i in np.argsort(x[:, -1], kind="stable")]
+        model = Model(self.seed)
+        # Trials of this task count for more than those of others.
+        weights = np.ones(len(self.samples), np.float32)
+        if self.own:
+            weights[-self.own :] = max(
+                1.0, 2.0 * (len(self.samples) - self.own) / len(self.samples) / max(self.own, 1) * 8
+            )
+        model.fit(self.samples, weights.tolist())
+        scores = model.predict(x)
+        self.predicted = {k: float(s) for k, s in zip(rest, scores, strict=True)}
+        return [rest[i] for i in np.argsort(-scores, kind="stable")]

@@ -1,0 +1,80 @@
+"""Small layers and records to tune and to log."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from onnx import TensorProto, helper, numpy_helper
+
+from skimtvm.layout import Space, plane
+from skimtvm.schedules import conv2d
+from skimtvm.schedules.pointwise import Instr, Program, Slot
+from skimtvm.schedules.sites import ConvSite, FcSite, version
+from skimtvm.target import CpuTarget, resolve
+from skimtvm.tune.log import Record, now
+from skimtvm.tune.lookup import sparsity_of
+from skimtvm.tune.tasks import Task
+from skimtvm.workload import ConvWorkload, DenseWorkload
+
+RELU = Program((Instr("add", ("t0", "c0")), Instr("nn.relu", ("v0",))), 1, 1)
+
+
+def conv_site(
+    c: int = 12, size: int = 13, k: int = 16, density: float = 0.2, kernel: str = "csr", rows: int = 1, seed: int = 0
+) -> ConvSite:
+    wl = ConvWorkload(1, c, size, size, k, 3, 3, padding=(1, 1, 1, 1))
+    rng = np.random.default_rng(seed)
+    keep = np.repeat(rng.random((k // rows, c, 3, 3)) < density, rows, axis=0)
+    weight = (rng.standard_normal(wl.weight_shape) * keep).astype(np.float32)
+    halo, space = conv2d.halo(wl), Space(size + 1, size + 1)
+    src, dst = plane(1, c, size, size, space, halo), plane(1, k, size, size, space, halo)
+    return ConvSite(kernel, rows, density, wl, weight, Slot(src, src.size), Slot(dst, dst.size), RELU)
+
+
+def fc_site(k: int = 96, n: int = 40, density: float = 0.2) -> FcSite:
+    rng = np.random.default_rng(0)
+    weight = (rng.standard_normal((k, n)) * (rng.random((k, n)) < density)).astype(np.float32)
+    return FcSite("csr", density, DenseWorkload(1, k, n), weight, RELU)
+
+
+def task(site: ConvSite | FcSite | None = None) -> Task:
+    site = site or conv_site()
+    return Task(site, resolve(), 1, sparsity_of(site), ("layer",))
+
+
+def record(site: ConvSite | FcSite, target: CpuTarget | None = None, **more: Any) -> Record:
+    """A best record of ``site`` with its default knobs, unless ``more`` says otherwise."""
+    target = target or resolve()
+    knobs = dataclasses.asdict(site.default(target))
+    values: dict[str, Any] = {
+        "kind": "best", "cpu": target.mcpu, "isa": target.isa, "kernel": site.name, "version": version(site.name, target),
+        "workload": site.workload, "layout": site.layout, "sparsity": sparsity_of(site), "knobs": knobs,
+        "default_knobs": knobs, "threads": 1, "median_s": 1e-3, "spread": (0.9e-3, 1.1e-3), "samples": 5,
+        "default_s": 2e-3, "time": now(),
+    }  # fmt: skip
+    return Record(**(values | more))
+
+
+def model(size: int = 14, channels: int = 32, density: float = 0.2) -> Any:
+    """Two sparse 3x3 convolutions as onnx.ModelProto."""
+    rng = np.random.default_rng(1)
+    shape = (channels, channels, 3, 3)
+    tensors = {
+        name: (rng.standard_normal(shape) * (rng.random(shape) < d)).astype(np.float32)
+        for name, d in (("w1", density), ("w2", density * 2))
+    }
+    pads = {"pads": [1, 1, 1, 1]}
+    graph = helper.make_graph(
+        [
+            helper.make_node("Conv", ["x", "w1"], ["y"], name="first", **pads),
+            helper.make_node("Relu", ["y"], ["z"]),
+            helper.make_node("Conv", ["z", "w2"], ["out"], name="second", **pads),
+        ],
+        "two",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, (1, channels, size, size))],
+        [helper.make_tensor_value_info("out", TensorProto.FLOAT, (1, channels, size, size))],
+        [numpy_helper.from_array(a, name) for name, a in tensors.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)

@@ -1,0 +1,100 @@
+"""Spaces: legal by construction, without doubles, with the default among them."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import tvm
+
+from skimtvm.schedules import knobs as k
+from skimtvm.schedules.sites import ConvSite, FcSite, version
+from skimtvm.target import TARGETS, CpuTarget
+
+from .samples import conv_site, fc_site
+
+CPUS = ("znver4", "haswell")
+SITES = {
+    "csr": conv_site(),
+    "bsr4": conv_site(kernel="bsr4", rows=4),
+    "dense": conv_site(kernel="dense", density=1.0),
+    "wide": conv_site(c=70, size=30, k=8),
+    "one-channel": conv_site(c=1, size=3, k=1),
+    "fc": fc_site(),
+}
+
+
+@pytest.mark.parametrize("cpu", CPUS)
+@pytest.mark.parametrize("name", SITES)
+def test_spaces_hold_the_default_and_no_doubles(name: str, cpu: str) -> None:
+    site, target = SITES[name], TARGETS[cpu]
+    for threads in (1, 2):
+        space = site.space(target, threads)
+        listed = list(space)
+        assert listed[0] == site.default(target) and len(listed) == len(set(listed))
+        assert all(x in space for x in listed[:3])
+    if name == "wide" and cpu == "znver4":
+        assert len(listed) > 100
+
+
+@pytest.mark.parametrize("cpu", CPUS)
+@pytest.mark.parametrize("name", ["csr", "bsr4", "dense", "wide"])
+def test_conv_spaces_are_legal(name: str, cpu: str) -> None:
+    site, target = SITES[name], TARGETS[cpu]
+    assert isinstance(site, ConvSite)
+    cg = site.workload.c
+    for x in list(site.space(target))[1:]:
+        assert x.lanes in (8, 16) and x.lanes <= target.lanes
+        assert x.rows * x.vectors < target.registers and x.vectors * x.lanes * 4 < 1024
+        assert 1 <= x.channel_block <= cg and x.dense == (site.kernel == "dense")
+        total = -(-site.dst.layout.positions // x.lanes)
+        assert x.vectors == -(-total // -(-total // x.vectors)), "a lower tile would give as many tiles"
+
+
+def test_known_spills_are_out() -> None:
+    zmm, ymm = TARGETS["znver4"], TARGETS["haswell"]
+    assert not k.fits(8, 3, 16, zmm) and k.fits(8, 2, 16, zmm) and k.fits(8, 1, 16, zmm) and k.fits(1, 15, 16, zmm)
+    assert not k.fits(1, 16, 16, zmm), "accumulators of 1 KB live on the heap"
+    assert not k.fits(4, 4, 8, ymm) and k.fits(3, 4, 8, ymm) and not k.fits(1, 1, 16, ymm) and not k.fits(1, 1, 12, zmm)
+
+
+def _spills(site: ConvSite | FcSite, knobs: k.Knobs | k.FcKnobs, target: CpuTarget) -> int:
+    """Vector registers that are stored to the stack in loops that multiply."""
+    func = site.build(knobs, target).emit().with_attr("global_symbol", "main")
+    asm = tvm.compile(func, target=target.tvm()).mod.inspect_source("asm")
+    assert "AllocWorkspace" not in asm
+    count = loops = 0
+    for label, body in re.findall(r"^(\.LBB\w+):(.*?)(?=^\.LBB\w+:|\Z)", asm, re.M | re.S):
+        if "vfmadd" in body and re.search(rf"\tj\w+\t{re.escape(label)}\b", body):
+            loops += 1
+            count += len(re.findall(r"vmov[au]ps\s+%[yz]mm\d+, -?\d*\(%r[sb]p\)", body))
+    assert loops, "no loop found"
+    return count
+
+
+@pytest.mark.parametrize("cpu", CPUS)
+@pytest.mark.parametrize("name", ["csr", "bsr4", "dense"])
+def test_the_tallest_tiles_do_not_spill(name: str, cpu: str) -> None:
+    site, target = SITES[name], TARGETS[cpu]
+    tallest: dict[tuple[int, int], k.Knobs] = {}
+    for x in site.space(target):
+        assert isinstance(x, k.Knobs)
+        if x.ahead and x.channel_block == site.workload.c:  # type: ignore[union-attr]
+            old = tallest.get((x.rows, x.lanes))
+            tallest[x.rows, x.lanes] = max(old or x, x, key=lambda y: y.vectors)
+    for x in tallest.values():
+        assert _spills(site, x, target) == 0, x
+
+
+def test_a_tile_that_is_left_out_does_spill() -> None:
+    site, target = SITES["dense"], TARGETS["znver4"]
+    assert _spills(site, k.Knobs(8, 3, 12, 1, True, 16), target) > 0
+
+
+def test_versions_tell_kernels_and_targets_apart() -> None:
+    names = ("csr_conv2d", "bsr4_conv2d", "dense_conv2d", "csr_fc", "dense_fc")
+    hashes = {version(n, TARGETS["znver4"]) for n in names}
+    assert len(hashes) == len(names)
+    assert version("csr_conv2d", TARGETS["haswell"]) not in hashes
+    version.cache_clear()
+    assert version("csr_conv2d", TARGETS["znver4"]) in hashes, "the same code has the same version"
