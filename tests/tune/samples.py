@@ -63,7 +63,7 @@ def model(size: int = 14, channels: int = 32, density: float = 0.2) -> Any:
     shape = (channels, channels, 3, 3)
     tensors = {
         name: (rng.standard_normal(shape) * (rng.random(shape) < d)).astype(np.float32)
-        for name, d in (("w1", density), ("w2", density * 2))
+        for name, d in (("w1", density), ("w2", density * 1.3))
     }
     pads = {"pads": [1, 1, 1, 1]}
     graph = helper.make_graph(
