@@ -16,6 +16,7 @@ from typing import Any
 
 from tvm.script.ir_builder import tirx as B
 
+from ..layout import LINE
 from .emit import broadcast, fetch, lane_mask, store, transpose, vector
 from .gather_gemm import DENSE_AHEAD, Body, Run, Tile, span
 from .rows import View, channels_of, load, zero_halo
@@ -60,7 +61,7 @@ class AcrossBody(Body):
         # This segment's share of the next row group's weights, which come from memory while these are in L2.
         ahead = B.bind((skip + run.columns) * run.rows + number * (run.columns * run.rows // self.segments))
         with B.serial(0, run.columns) as e:
-            fetch(r.data, (skip + e) * run.rows + DENSE_AHEAD)
+            fetch(r.data, (skip + e) * run.rows + DENSE_AHEAD * LINE)
             fetch(r.data, ahead + B.floordiv(e * run.rows, self.segments), l1=False)
             at = B.bind(base + r.off[e])
             weights = [B.bind(load(r.data, (skip + e) * run.rows + k, width)) for k, width in parts]

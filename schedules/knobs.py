@@ -164,7 +164,7 @@ def _dense(
         wide = min(wide, 8)
     total = -(-positions // lanes)
     vectors = -(-total // -(-total // wide))
-    return Knobs(rows, vectors, cg, _chunks(total * rest, vectors, wl.k // rows), True, lanes, DENSE_AHEAD)
+    return Knobs(rows, vectors, cg, _chunks(total * rest, vectors, wl.k // rows), True, lanes, ahead=DENSE_AHEAD)
 
 
 def _across(per_group: int, columns: int, width: int) -> tuple[tuple[int, int], float] | None:

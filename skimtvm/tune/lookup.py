@@ -43,7 +43,9 @@ def knobs_from(site: Site, raw: Mapping[str, Any], target: CpuTarget) -> AnyKnob
         return None
     knobs = dataclasses.replace(knobs, chunks=default.chunks)
     if isinstance(knobs, Knobs) and isinstance(default, Knobs):
-        if knobs.dense != default.dense or not fits(knobs.rows, knobs.vectors, knobs.lanes, target):
+        if (knobs.dense, knobs.across) != (default.dense, default.across) or default.across:
+            return None
+        if not fits(knobs.rows, knobs.vectors, knobs.lanes, target):
             return None
         if not knobs.dense and knobs.rows != default.rows:
             return None
