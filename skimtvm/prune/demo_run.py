@@ -16,7 +16,7 @@ from . import datasets
 from .groups import Blocks
 from .guide import Guide, GuidedPruning
 from .masks import Mask, smallest
-from .native import balanced_rates, balanced_scale
+from .native import WinogradConv2d, balanced_rates
 from .nets import Conv, NumpyNet, network, workloads
 from .pruner import zeros
 from .regularizers import ISTA, L1, L2, GroupLasso, L1Surgery
@@ -25,11 +25,13 @@ from .rundir import Config, RunDir
 from .schedules import Cosine, Schedule, ramp_to_sparsity
 from .solver import SGD
 from .steering import Dial, Steering
-from .thresholds import GradientAdjusted, WinogradAdjusted
+from .surgeon import output_moments, prune_rows
+from .thresholds import GradientAdjusted
 
 Array = npt.NDArray[Any]
 PHASES = ("dense", "prune", "tune")
 _CHECKPOINT_SECONDS = 30.0
+_SAMPLE = 2000  # images over which the winograd method compares outputs
 _SHRINK = 0.06  # about the largest of the weights that should go; initial weights have a deviation of 0.02 to 0.05
 
 
@@ -101,10 +103,7 @@ class Run:
         if not self.native or name not in self.pruned():
             return 1.0
         w = self.net.parameters[name]
-        rates = balanced_rates(of_tile(w.shape[-1], self.filter_size(name)))
-        # The fewer weights are left, the fewer add up to a change of the output: each may take a longer step.
-        boost = 2.0 if self.phase == 1 else min(2 / max(1 - zeros(w), 0.1), 10.0)
-        return rates * boost
+        return balanced_rates(of_tile(w.shape[-1], self.filter_size(name)))
 
     def _decay(self, steps: int) -> float:
         """The strength with which the penalty alone would take a weight of _SHRINK to zero in this phase.
@@ -129,13 +128,8 @@ class Run:
         if c.method == "group":
             blocks = Blocks(c.block)
             return Rule(GroupLasso(decay, blocks, by_size=True), GradientAdjusted(c.threshold, blocks, c.factor))
-        if c.method == "winograd":
-            r = self.filter_size(name)
-            f = of_tile(self.net.parameters[name].shape[-1], r)
-            limit = WinogradAdjusted(c.threshold, factor=c.factor, r=r)
-            # The penalty alone would have to be so strong that training suffers: a growing mask helps it.
-            mask = Mask(scale=f.effect.astype(np.float32))
-            return Rule(L1(decay / 4, balanced_scale(f)), limit, mask, target, every=10, lr_mult=self.rates(name))
+        if c.method == "winograd":  # _operate prunes, where an epoch begins
+            return Rule(L2(c.l2), mask=Mask(), lr_mult=self.rates(name))
         return Rule(L2(c.l2), mask=Mask(), sparsity=target, every=10)
 
     def _aim(self, name: str) -> float:
@@ -185,6 +179,27 @@ class Run:
             # About 200 corrections, however short the phase: the gain is made for that.
             self.steering = Steering(self.sgd.pruner, [], dial, 0.0, every=max(steps // 200, 1))
             self._steer(steps)
+
+    def _operate(self) -> None:
+        """Where an epoch of the pruning phase of the winograd method begins: take the weights that cost the output least,
+        as many as the schedule wants at the end of that epoch, layer after layer."""
+        c = self.config
+        if c.method != "winograd" or PHASES[self.phase] != "prune":
+            return
+        ramp = ramp_to_sparsity(c.sparsity, begin=0, end=max(c.epochs[1] * 3 // 4, 1))
+        wanted = ramp.at(self.epoch + 1)
+        if self.sparsities()[1] >= wanted - 1e-4:  # whole weights
+            return
+        rng = np.random.default_rng([c.seed, 1, self.epoch])
+        rows = np.sort(rng.permutation(len(self.data.images))[:_SAMPLE])
+        images = datasets.augmented(self.data.images[rows], rng) if c.augment else self.data.images[rows]
+        for name, w in self.pruned().items():
+            r = self.filter_size(name)
+            layer = WinogradConv2d(w, r=r, pads=(r // 2,) * 4)
+            moments = output_moments(layer, self.net.input_of(layer_name(name), images))
+            flat = w.reshape(len(w), -1)
+            np.copyto(flat, prune_rows(flat, moments, wanted))
+            self.sgd.pruner.freeze(name)
 
     def _steer(self, steps: int) -> None:
         """Aim the steering at the layers that are being pruned now."""
@@ -287,6 +302,8 @@ class Run:
         number = sum(c.epochs[: self.phase]) + self.epoch
         order = np.random.default_rng([c.seed, number]).permutation(len(self.data.images))
         began = saved = time.monotonic()
+        if self.batch == 0:
+            self._operate()
         while self.batch < self.batches:
             rows = np.sort(order[self.batch * c.batch : (self.batch + 1) * c.batch])
             images = self.data.images[rows]

@@ -46,19 +46,26 @@ class WinogradConv2d:
             raise InputMismatch(f"input of {h}x{w} is smaller than the {self.f.r}x{self.f.r} filter; check the padding")
         return out_h, out_w, -(-out_h // self.f.m), -(-out_w // self.f.m)
 
-    def forward(self, x: Array) -> Array:
-        """f[N, C, H, W] -> f[N, K, OH, OW]; keeps what ``backward`` needs."""
+    def transformed(self, x: Array) -> Array:
+        """B^T d B of all tiles: f[N, C, H, W] -> f[t * t, C, N * tiles]."""
         f, dtype = self.f, x.dtype
         n, c, h, w = x.shape
         if c != self.u.shape[1]:
             raise InputMismatch(f"input has {c} channels, the weights take {self.u.shape[1]}")
-        out_h, out_w, th, tw = self._extents(h, w)
+        _, _, th, tw = self._extents(h, w)
         top, left, _, _ = self.pads
         padded = np.zeros((n, c, th * f.m + f.r - 1, tw * f.m + f.r - 1), dtype)
         padded[:, :, top : top + h, left : left + w] = x[:, :, : padded.shape[2] - top, : padded.shape[3] - left]
         tiles = np.lib.stride_tricks.sliding_window_view(padded, (f.tile, f.tile), axis=(2, 3))[:, :, :: f.m, :: f.m]
         d = tiles.transpose(4, 5, 1, 0, 2, 3).reshape(f.tile**2, -1)  # [tt, C * N * th * tw]
-        v = (f.input_matrix.astype(dtype) @ d).reshape(f.tile**2, c, -1)
+        return np.asarray((f.input_matrix.astype(dtype) @ d).reshape(f.tile**2, c, -1))
+
+    def forward(self, x: Array) -> Array:
+        """f[N, C, H, W] -> f[N, K, OH, OW]; keeps what ``backward`` needs."""
+        f, dtype = self.f, x.dtype
+        v = self.transformed(x)
+        n, _, h, w = x.shape
+        out_h, out_w, th, tw = self._extents(h, w)
         product = self._matrices() @ v  # [tt, K, N * th * tw]
         k = self.u.shape[0]
         y = f.output_matrix.astype(dtype) @ product.reshape(f.tile**2, -1)

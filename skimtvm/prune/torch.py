@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import EnvironmentProblem, InvalidOption
-from ..winograd import of_tile
+from ..winograd import Transform, of_tile
 from . import pruner as core
 from . import solver
 from .regularizers import Regularizer
@@ -32,13 +32,14 @@ from .schedules import Schedule
 try:
     import torch
     from torch import nn
-    from torch.nn import functional
+    from torch.autograd.function import once_differentiable
 except ImportError:
     raise EnvironmentProblem(
         "skimtvm.prune.torch needs PyTorch; install its CPU build with: pip install torch==2.13.0"
     ) from None
 
 Array = npt.NDArray[Any]
+_CACHED = 1 << 19  # numbers of the largest intermediate value of a part of a batch
 
 
 def arrays(model: nn.Module) -> dict[str, Array]:
@@ -144,6 +145,56 @@ class SGD:
         self.core.load_state_dict(_plain(state))
 
 
+class _WholeTiles(torch.autograd.Function):
+    """x[N, C, H, W], u[t * t, C, K] -> whole output tiles [N, K, th * m, tw * m].
+
+    Channels are innermost in all it computes, so that gathering and scattering tiles moves whole rows; the backward keeps
+    the transformed input instead of what autograd would.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        u: torch.Tensor,
+        input_matrix: torch.Tensor,
+        output_matrix: torch.Tensor,
+        f: Transform,
+        place: tuple[int, int, int, int],
+    ) -> torch.Tensor:
+        (n, c, h, w), (top, left, th, tw) = x.shape, place
+        m, t, k = f.m, f.tile, u.shape[2]
+        padded = x.new_zeros(n, th * m + f.r - 1, tw * m + f.r - 1, c)
+        padded[:, top : top + h, left : left + w] = x.permute(0, 2, 3, 1)
+        sn, sh, sw, sc = padded.stride()
+        d = padded.as_strided((t, t, n, th, tw, c), (sh, sw, sn, m * sh, m * sw, sc)).reshape(t * t, -1)
+        v = (input_matrix @ d).view(t * t, -1, c)
+        y = (output_matrix @ torch.bmm(v, u).view(t * t, -1)).view(m, m, n, th, tw, k)
+        ctx.save_for_backward(v, u, input_matrix, output_matrix)
+        ctx.f, ctx.place, ctx.shape = f, place, x.shape
+        return y.permute(2, 3, 0, 4, 1, 5).reshape(n, th * m, tw * m, k).permute(0, 3, 1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        v, u, input_matrix, output_matrix = ctx.saved_tensors
+        (n, c, h, w), (top, left, th, tw) = ctx.shape, ctx.place
+        m, t, k = ctx.f.m, ctx.f.tile, u.shape[2]
+        g = dy.permute(0, 2, 3, 1).reshape(n, th, m, tw, m, k).permute(2, 4, 0, 1, 3, 5).reshape(m * m, -1)
+        dm = (output_matrix.T @ g).view(t * t, -1, k)
+        du = torch.bmm(v.transpose(1, 2), dm)
+        if not ctx.needs_input_grad[0]:
+            return None, du, None, None, None, None
+        dd = (input_matrix.T @ torch.bmm(dm, u.transpose(1, 2)).view(t * t, -1)).view(t, t, n, th, tw, c)
+        padded = dy.new_zeros(n, (th + 2) * m + ctx.f.r, (tw + 2) * m + ctx.f.r, c)
+        for i in range(0, t, m):  # tiles overlap by r - 1, their m x m parts do not
+            for j in range(0, t, m):
+                part = dd[i : i + m, j : j + m].permute(2, 3, 0, 4, 1, 5)
+                blocks = padded[:, i : i + th * m, j : j + tw * m].unflatten(2, (tw, m)).unflatten(1, (th, m))
+                blocks[:, :, : part.shape[2], :, : part.shape[4]] += part
+        return padded[:, top : top + h, left : left + w].permute(0, 3, 1, 2), du, None, None, None, None
+
+
 class WinogradConv2d(nn.Module):
     """Stride 1 convolution whose parameter ``weight`` is U[K, C, t, t] in the Winograd domain.
 
@@ -189,19 +240,16 @@ class WinogradConv2d(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         f, (top, left, bottom, right) = self.f, self.padding
-        n, c, h, w = x.shape
+        c, h, w = x.shape[1:]
         k, tt = self.weight.shape[0], f.tile**2
         out_h, out_w = h + top + bottom - f.r + 1, w + left + right - f.r + 1
         th, tw = -(-out_h // f.m), -(-out_w // f.m)
-        rows, columns = th * f.m + f.r - 1 - top - h, tw * f.m + f.r - 1 - left - w
-        x = functional.pad(x, (left, columns, top, rows))
-        d = functional.unfold(x, f.tile, stride=f.m).view(n, c, tt, th * tw)
-        d = d.permute(2, 1, 0, 3).reshape(tt, -1)
-        v = (self.input_matrix.to(x.dtype) @ d).view(tt, c, -1)
-        u = self.weight.reshape(k, c, tt).permute(2, 0, 1)
-        y = self.output_matrix.to(x.dtype) @ torch.bmm(u, v).view(tt, -1)
-        y = y.view(f.m**2, k, n, th * tw).permute(2, 1, 0, 3).reshape(n, k * f.m**2, th * tw)
-        y = functional.fold(y, (th * f.m, tw * f.m), f.m, stride=f.m)[:, :, :out_h, :out_w]
+        u = self.weight.reshape(k, c, tt).permute(2, 1, 0).contiguous()
+        matrices = self.input_matrix.to(x.dtype), self.output_matrix.to(x.dtype)
+        # The transforms do little with each byte: in parts that stay in the cache they are several times as fast.
+        count = max(_CACHED // (max(k, c) * tt * th * tw), 1)
+        parts = [_WholeTiles.apply(p, u, *matrices, f, (top, left, th, tw)) for p in x.split(count)]
+        y = (torch.cat(parts) if len(parts) > 1 else parts[0])[:, :, :out_h, :out_w]
         return y if self.bias is None else y + self.bias[:, None, None]
 
     def extra_repr(self) -> str:

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from . import torch as adaptor
 from .nets import EPSILON, Conv, Spec, shapes
-from .torch import functional, nn, torch
+from .torch import nn, torch
 
 Array = npt.NDArray[Any]
 
@@ -30,10 +30,10 @@ class _Module(nn.Module):
             if isinstance(layer, Conv):
                 x = self.get_submodule(f"{layer.name}_bn")(self.get_submodule(layer.name)(x))
                 # The maximum and ReLU commute exactly, and this order has a quarter of the work.
-                x = functional.relu(functional.max_pool2d(x, 2) if layer.pool else x)
+                x = nn.functional.relu(nn.functional.max_pool2d(x, 2) if layer.pool else x)
             else:
                 x = self.get_submodule(layer.name)(x.flatten(1))
-                x = x if layer is self.spec[-1] else functional.relu(x)
+                x = x if layer is self.spec[-1] else nn.functional.relu(x)
         return x
 
 
@@ -57,13 +57,23 @@ class TorchNet:
 
     def gradients(self, x: Array, labels: Array) -> tuple[float, dict[str, Array]]:
         self.module.zero_grad(set_to_none=True)
-        loss = functional.cross_entropy(self.module(torch.from_numpy(x)), torch.from_numpy(labels))
+        loss = nn.functional.cross_entropy(self.module(torch.from_numpy(x)), torch.from_numpy(labels))
         loss.backward()
         return float(loss.detach()), adaptor.gradients(self.module)
 
     def state(self) -> dict[str, Array]:
         buffers = {n: b.numpy() for n, b in self.module.named_buffers() if n.endswith(("running_mean", "running_var"))}
         return self.parameters | buffers
+
+    def input_of(self, name: str, x: Array) -> Array:
+        """What the layer ``name`` gets for the images ``x``."""
+        parts: list[torch.Tensor] = []
+        handle = self.module.get_submodule(name).register_forward_pre_hook(lambda _, inputs: parts.append(inputs[0]))
+        try:
+            self.logits(x)
+        finally:
+            handle.remove()
+        return np.asarray(torch.cat(parts).numpy())
 
     def to_winograd(self) -> None:
         """Every convolution but the first gets Winograd-domain weights."""

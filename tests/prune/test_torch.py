@@ -158,6 +158,21 @@ def test_winograd_module_is_the_numpy_layer(m, r, padding):
         assert np.allclose(ours, theirs.numpy(), rtol=1e-5, atol=1e-5)
 
 
+def test_winograd_module_in_parts(monkeypatch):
+    """What is done at once is a matter of speed, not of results."""
+    torch.manual_seed(2)
+    module = adaptor.WinogradConv2d(3, 4, 5, 4, 2).double()
+    x = torch.randn(7, 3, 14, 10, dtype=torch.float64, requires_grad=True)
+    results = []
+    for cached in (10**9, 3 * 4 * 64 * 12, 1):  # all seven images, three at a time, one by one
+        monkeypatch.setattr(adaptor, "_CACHED", cached)
+        results.append((module(x), *torch.autograd.grad(module(x).square().sum(), (x, module.weight, module.bias))))
+    for other in results[1:]:
+        assert all(torch.allclose(a, b, rtol=1e-10) for a, b in zip(results[0], other, strict=True))
+    frozen = module(x.detach()).square().sum()
+    assert torch.allclose(torch.autograd.grad(frozen, module.weight)[0], results[0][2])
+
+
 def test_to_winograd_keeps_the_function():
     model = net()
     x, _ = batch(0)
