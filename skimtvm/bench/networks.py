@@ -105,6 +105,9 @@ def measure_network(
         module_bytes = module.path.stat().st_size
         same = Case(save_model(model, work, "model"), feeds, batch, threads)
         cases = [(name, "", same) for name in peers.names]
+        if sparsity.kind == "winograd":  # peers run the dense network that such a one is trained from
+            dense = save_model(Sparsity("none").build(network, batch=batch), work, "dense")
+            cases = [(name, "dense", Case(dense, feeds, batch, threads)) for name in peers.names]
         del model
         if sparsity.kind == "block" and "deepsparse" in peers.names:
             other = save_model(sparsity.unstructured.build(network, batch=batch), work, "unstructured")

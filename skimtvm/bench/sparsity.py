@@ -14,7 +14,7 @@ from ..errors import InvalidOption
 
 @dataclass(frozen=True)
 class Sparsity:
-    """``kind``: none, seed, uniform or block; ``share``: of zeros; ``rows`` of a block."""
+    """``kind``: none, seed, uniform, block or winograd; ``share``: of zeros; ``rows`` of a block."""
 
     kind: str
     share: float = 0.0
@@ -22,12 +22,16 @@ class Sparsity:
 
     @staticmethod
     def parse(text: str) -> Sparsity:
-        """``none``, ``seed``, ``0.9`` or ``block4:0.9``. Raises InvalidOption."""
+        """``none``, ``seed``, ``0.9``, ``block4:0.9`` or ``winograd:0.9``. Raises InvalidOption."""
         if text in ("none", "seed"):
             return Sparsity(text)
+        if text.startswith("winograd:") and (match := re.fullmatch(r"0?\.\d+", text[9:])):
+            return Sparsity("winograd", float(match[0]))
         match = re.fullmatch(r"(?:block(\d+):)?(0?\.\d+|0)", text)
         if match is None:
-            raise InvalidOption(f"sparsity '{text}' is unknown; give seed, none, a share as 0.9, or block4:0.9")
+            raise InvalidOption(
+                f"sparsity '{text}' is unknown; give seed, none, a share as 0.9, block4:0.9 or winograd:0.9"
+            )
         share = float(match[2])
         if match[1] is None:
             return Sparsity("uniform", share) if share else Sparsity("none")
@@ -36,7 +40,8 @@ class Sparsity:
         return Sparsity("block", share, rows)
 
     def __str__(self) -> str:
-        return {"uniform": f"{self.share:g}", "block": f"block{self.rows}:{self.share:g}"}.get(self.kind, self.kind)
+        named = {"block": f"block{self.rows}:", "winograd": "winograd:", "uniform": ""}
+        return f"{named[self.kind]}{self.share:g}" if self.kind in named else self.kind
 
     @property
     def source(self) -> str:
@@ -48,6 +53,8 @@ class Sparsity:
             "uniform": f"{random}, the smallest {self.share:.4g} of every layer with weights set to zero",
             "block": f"{random}, {self.rows}x1 blocks (output channels) of least norm set to zero, {self.share:.4g} of "
             "every layer but the first, which is dense",
+            "winograd": f"{random}, every layer with {self.share:.4g} zeros: 3x3 and 5x5 convolutions of stride 1 in the "
+            "Winograd domain, where they have 4 and 2.6 times as many weights, others as they are",
         }[self.kind]
 
     @property
@@ -57,6 +64,10 @@ class Sparsity:
 
     def build(self, network: str, *, batch: int = 1) -> Any:
         """The zoo's ``network`` as onnx.ModelProto."""
+        if self.kind == "winograd":
+            from .native_models import to_native
+
+            return to_native(zoo.build(network, batch=batch), self.share, self.share)
         if self.kind == "block":
             return zoo.build(network, sparsity=self.share, batch=batch, pattern=f"{self.rows}x1", keep_first=True)
         value = {"none": None, "seed": "seed"}.get(self.kind, self.share)
@@ -66,4 +77,6 @@ class Sparsity:
         """``weight`` of one layer, output channels first."""
         if self.kind == "seed":
             raise InvalidOption("sparsity 'seed' belongs to networks; give layers a share as 0.9, or block4:0.9")
+        if self.kind == "winograd":
+            raise InvalidOption("sparsity 'winograd:...' belongs to networks; layers have Winograd cases of their own")
         return zoo.prune(weight, self.share, rows=self.rows, groups=groups) if self.share else weight
