@@ -17,6 +17,7 @@ from tvm import relax
 
 from .. import winograd
 from ..chooser import Choice
+from ..errors import InternalError
 from ..kernels import FEW_ROWS
 from ..layout import Phases, natural
 from ..report import LayerRecord
@@ -160,6 +161,8 @@ class _Lowering(FlatValues):
 
     def _lower_winograd(self, n: Node, choice: Choice) -> None:
         layer, wl, target, m = n.layer, n.workload, self.target, choice.winograd
+        if self.plan.interleave > 1:
+            raise InternalError(f"layer {self.name_of[n.var]}: no Winograd kernel for interleaved images")
         assert layer is not None and layer.weight is not None
         buffer, src = self._contiguous(n.inputs[0])
         dst = self._slot(self.plan.places[n.var])
