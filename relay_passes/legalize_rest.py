@@ -6,7 +6,9 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import tvm
+import tvm_ffi
 from tvm import relax
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
@@ -14,7 +16,7 @@ from ..schedules import row_kernels as rows
 from ..schedules.matmul import MatmulShape, matmul
 from ..schedules.row_kernels import Affine, Rows
 from ..target import CpuTarget
-from .schedule_rest import SCHEDULE_ATTR, ScheduleRest
+from .schedule_rest import SCHEDULE_ATTR, ScheduleRest, has_math
 
 Legalizer = Callable[[relax.BlockBuilder, Any], Any]
 
@@ -32,6 +34,7 @@ def legalize_rest(target: CpuTarget) -> tvm.transform.Pass:
             LegalizePrimitiveViews(),
             relax.transform.LegalizeOps(custom_legalizations(target)),
             relax.transform.AnnotateTIROpPattern(),
+            LimitMathChains(),
             relax.transform.FuseOps(),
             relax.transform.FuseTIR(),
             relax.transform.DeadCodeElimination(),
@@ -68,6 +71,43 @@ class LegalizePrimitiveViews:
             if isinstance(func, relax.Function) and func.attrs and func.attrs.get("Primitive"):
                 change.builder_.update_func(gv, change.visit_expr(func))
         return change.builder_.get()
+
+
+@tvm.transform.module_pass(opt_level=0, name="LimitMathChains")
+class LimitMathChains:
+    """Keep more than two elementary functions in a row out of one kernel: every third one starts a kernel of its own.
+
+    TVM's analyzer substitutes what a Let binds, so that the time to lower one expression doubles with each use of a
+    bound value: tanh(log(1 + exp(x))) took a minute.
+    """
+
+    def transform_module(self, mod: tvm.ir.IRModule, _ctx: Any) -> tvm.ir.IRModule:
+        mathematics = {
+            gv for gv, func in mod.functions_items() if isinstance(func, tvm.tirx.PrimFunc) and has_math(func)
+        }
+        depth: dict[Any, int] = {}
+        cut: set[Any] = set()
+        for func in mod.functions.values():
+            if not isinstance(func, relax.Function) or not isinstance(func.body, relax.SeqExpr):
+                continue
+            for binding in (b for block in func.body.blocks for b in block.bindings):
+                call = binding.value
+                args = [a for a in getattr(call, "args", ()) if isinstance(a, (relax.Var, relax.Tuple))]
+                read = [v for a in args for v in (a.fields if isinstance(a, relax.Tuple) else [a])]
+                depth[binding.var] = max((depth.get(v, 0) for v in read if isinstance(v, relax.Var)), default=0)
+                if isinstance(call, relax.Call) and call.args and call.args[0] in mathematics:
+                    depth[binding.var] += 1
+                    if depth[binding.var] > MOST_MATH:
+                        cut.add(call.args[0])
+                        depth[binding.var] = 0
+        out = mod.clone()
+        for gv in cut:
+            out.update_func(gv, mod[gv].with_attr("op_pattern", OPAQUE))
+        return out
+
+
+MOST_MATH = 2  # elementary functions in a row within one kernel
+OPAQUE = 8  # relax's OpPatternKind::kOpaque
 
 
 def custom_legalizations(target: CpuTarget) -> dict[str, Legalizer]:
@@ -117,9 +157,27 @@ def _default_legalizations() -> dict[str, Legalizer]:
 def _with_fallback(rule: Callable[..., Any], default: Legalizer, target: CpuTarget) -> Legalizer:
     def legalize(bb: relax.BlockBuilder, call: Any) -> Any:
         lowered = rule(bb, call, target)
-        return default(bb, call) if lowered is None else lowered
+        return _from_infinity(bb, default(bb, call)) if lowered is None else lowered
 
     return legalize
+
+
+def _from_infinity(bb: relax.BlockBuilder, call: Any) -> Any:
+    """The lowered maximum or minimum with infinity for a start: TVM starts at the largest finite value, which is then
+    the result of a row that holds nothing but -inf, such as a fully masked row of attention."""
+    if not isinstance(call, relax.Call) or not call.args or not isinstance(call.args[0], tvm.ir.GlobalVar):
+        return call
+    bounds = {float(np.finfo(np.float32).min): -math.inf, float(np.finfo(np.float32).max): math.inf}
+
+    def start(value: tvm.tirx.FloatImm) -> Any:
+        bound = bounds.get(float(value.value))
+        return value if bound is None else tvm.tirx.FloatImm("float32", bound)
+
+    func = bb.get()[call.args[0]]
+    fixed = tvm_ffi.structural_map(func, (tvm.tirx.FloatImm, start))
+    if not fixed.same_as(func):
+        bb.update_func(call.args[0], fixed)
+    return call
 
 
 def _shape(expr: Any) -> tuple[int, ...] | None:

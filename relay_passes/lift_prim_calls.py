@@ -114,7 +114,7 @@ def _lift_replicate(store: Any, call: Any, var: Any) -> Any:
         if before is None:
             return None
         width += [before, size_out - size_in - before]
-    return relax.op.nn.pad(args[0], width, "replicate") if min(width) >= 0 else None
+    return relax.op.nn.pad(args[0], width, "replicate") if width and min(width) >= 0 else None
 
 
 def call_args(call: Any) -> list[Any]:

@@ -23,6 +23,18 @@ _UNARY: dict[str, Callable[[Any], Any]] = {
 }
 
 
+def has_math(func: tirx.PrimFunc) -> bool:
+    """Whether ``func`` calls a function that ``replace_math`` would replace."""
+    found: list[str] = []
+
+    def look(call: ir.Call) -> Any:
+        found.append(getattr(call.op, "name", ""))
+        return call
+
+    tvm_ffi.structural_map(func, (ir.Call, look))
+    return any(name in _UNARY or name == "tirx.pow" for name in found)
+
+
 def replace_math(func: tirx.PrimFunc) -> tirx.PrimFunc:
     """Replace float32 library calls (exp, log, tanh, sigmoid, erf, pow) by arithmetic that vectorises."""
 

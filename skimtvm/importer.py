@@ -18,8 +18,9 @@ import onnx.inliner
 from onnx import TensorProto
 
 from .errors import EnvironmentProblem, InvalidModel
+from .onnx_expand import expand, upgrade
 from .onnx_fold import densify, drop_dead, fold
-from .onnx_read import graphs, one_line, opset_of, read_model
+from .onnx_read import MIN_OPSET, graphs, one_line, opset_of, read_model
 from .onnx_shapes import change_batch, resolve_inputs, set_input_shapes
 from .onnx_types import check_types, odd_weights, to_float32
 from .onnx_winograd import inline_functions
@@ -111,6 +112,8 @@ def _prepare(
     elif model.functions:
         model = onnx.inliner.inline_local_functions(model)
         del model.functions[:]
+    if opset_of(model) < MIN_OPSET:
+        model = upgrade(model)
     densify(model)
     shapes, rebatch = resolve_inputs(model, input_shapes, batch)
     drop_dead(model)
@@ -119,6 +122,8 @@ def _prepare(
         change_batch(model, shapes, *rebatch)
     set_input_shapes(model, shapes)
     fold(model)
+    if expand(model):
+        fold(model)
     warnings = []
     converted = to_float32(model)
     if converted:

@@ -300,11 +300,6 @@ def _check(model: Any, where: str) -> None:
         raise InvalidModel(
             f"{where}: names no operator set (opset_import), it may be truncated; export or copy it again"
         )
-    if opset < MIN_OPSET:
-        raise UnsupportedModel(
-            f"{where}: opset {opset} is older than {MIN_OPSET}; convert it with "
-            "onnx.version_converter.convert_version(model, 13)"
-        )
     if opset > newest:
         raise UnsupportedModel(
             f"{where}: opset {opset} is newer than {newest}, the newest that onnx {onnx.__version__} knows; "

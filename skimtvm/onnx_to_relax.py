@@ -16,12 +16,17 @@ from tvm.relax.expr_functor import PyExprMutator, mutator
 from tvm.relax.frontend.onnx import onnx_frontend
 
 from .errors import SkimError, UnsupportedModel
+from .onnx_converters import CONVERTERS
 from .onnx_read import graphs, one_line
 from .onnx_types import quantised
 
 _CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "conv1d_transpose", "conv2d_transpose", "conv3d_transpose")
 ANCHORS = frozenset(("relax.matmul", *(f"relax.nn.{name}" for name in _CONVOLUTIONS)))
 _LISTED = 10
+_DATA_SHAPES = ("relax.tensor_to_shape",)
+_DTYPES = frozenset(
+    ("float32", "float64", "bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)))
+)
 
 
 def make_span(name: str) -> Any:
@@ -46,8 +51,12 @@ def misread(node: Any, constants: dict[str, bool]) -> str:
         return "training_mode"
     if node.op_type == "ConvTranspose" and "output_shape" in attrs:
         return "output_shape"
-    if node.op_type == "LayerNormalization" and len(node.output) > 1:
+    if node.op_type == "LayerNormalization" and len([o for o in node.output if o]) > 1:
         return "outputs Mean and InvStdDev"
+    if node.op_type == "RoiAlign" and "mode" in attrs and attrs["mode"].s == b"max":
+        return "mode=max"
+    if node.op_type == "NonMaxSuppression":
+        return "a result whose size depends on data"
     if node.op_type == "SpaceToDepth" and "mode" in attrs and attrs["mode"].s != b"DCR":
         return f"mode={attrs['mode'].s.decode()}"
     return ""
@@ -55,7 +64,7 @@ def misread(node: Any, constants: dict[str, bool]) -> str:
 
 def check_operators(model: Any, opset: int) -> None:
     """Raise UnsupportedModel with every node that has no converter, those in subgraphs included."""
-    known = onnx_frontend._get_convert_map()
+    known = onnx_frontend._get_convert_map().keys() | CONVERTERS.keys()
     bad, hints = [], []
     scalars = [t for t in model.graph.initializer if not t.dims or list(t.dims) == [1]]
     constants = {t.name: bool(onnx.numpy_helper.to_array(t).reshape(-1)[0]) for t in scalars}
@@ -89,6 +98,10 @@ def _static_shape(ty: Any) -> tuple[int, ...] | None:
     return tuple(int(d) for d in dims) if len(dims) == len(shape.values) else None
 
 
+def _dtype_of(ty: Any) -> str:
+    return str(ty.dtype.dtype if hasattr(ty.dtype, "dtype") else ty.dtype)
+
+
 class _Importer(onnx_frontend.ONNXGraphImporter):
     """TVM's importer with three changes: each node's result is bound at once, so that bindings follow the order of
     the nodes; anchors carry the name of their node; dynamic shapes are refused where they appear."""
@@ -97,6 +110,9 @@ class _Importer(onnx_frontend.ONNXGraphImporter):
         super().__init__({}, {})
         self.where = "its inputs"
         self._names: dict[str, int] = {}
+
+    def _check_for_unsupported_ops(self, graph: Any) -> None:
+        """Nothing: ``check_operators`` did, and knows the converters of this package."""
 
     def _sanitize_name(self, name: str) -> str:
         plain = re.sub(r"\W", "_", name) or "input"
@@ -136,8 +152,15 @@ class _Importer(onnx_frontend.ONNXGraphImporter):
     def _convert_operator(self, op_name: str, inputs: Any, attrs: dict[str, Any], opset: int) -> Any:
         node = attrs["tvm_custom"]["name"]
         self.where = f"{op_name} node '{node}'"
-        converter = onnx_frontend._get_convert_map()[op_name].get_converter(opset)
-        result = converter(self.bb, inputs, attrs, [self._nodes, self._params])
+
+        def tvm_own(values: Any) -> Any:
+            default = onnx_frontend._get_convert_map()[op_name].get_converter(opset)
+            padded = onnx_frontend.onnx_input()
+            padded.extend(values)
+            return default(self.bb, padded, attrs, [self._nodes, self._params])
+
+        own = CONVERTERS.get(op_name)
+        result = own(self.bb, list(inputs), attrs, tvm_own) if own else tvm_own(inputs)
         if not isinstance(result, relax.Expr):
             return result
         result = self.bb.normalize(self._bind_anchors(result, node, []))
@@ -155,6 +178,10 @@ class _Importer(onnx_frontend.ONNXGraphImporter):
             if shape is None:
                 raise UnsupportedModel(
                     f"{self.where}: the shape of its result depends on data; compile a model whose shapes are fixed"
+                )
+            if _dtype_of(ty) not in _DTYPES:
+                raise UnsupportedModel(
+                    f"{self.where}: its result is {_dtype_of(ty)}, which cannot be computed on a CPU"
                 )
             if 0 in shape:
                 raise UnsupportedModel(
@@ -190,6 +217,8 @@ def convert(model: Any, opset: int) -> tuple[Any, list[tuple[tuple[int, ...], st
     ``model``: from importer.prepare_onnx. Raises UnsupportedModel, naming the node where that is known.
     """
     check_operators(model, opset)
+    if not model.graph.node:
+        raise UnsupportedModel("model: every output is an input or a constant, so there is nothing to compile")
     importer = _Importer()
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
@@ -219,11 +248,15 @@ def convert(model: Any, opset: int) -> tuple[Any, list[tuple[tuple[int, ...], st
 
 def _check_main(main: Any) -> list[tuple[tuple[int, ...], str]]:
     blocks = list(main.body.blocks)
-    if not blocks:
+    if not any(block.bindings for block in blocks):
         raise UnsupportedModel("model: every output is an input or a constant, so there is nothing to compile")
     if len(blocks) != 1 or not isinstance(blocks[0], relax.DataflowBlock):
         raise UnsupportedModel("model: its graph is not one dataflow block; remove control flow before export")
     for binding in blocks[0].bindings:
+        if isinstance(binding.value, relax.Call) and getattr(binding.value.op, "name", "") in _DATA_SHAPES:
+            raise UnsupportedModel(
+                "model: the shape of a value depends on data; compile a model whose shapes are fixed"
+            )
         fields = binding.var.ty.fields if isinstance(binding.var.ty, relax.TupleType) else [binding.var.ty]
         if any(isinstance(ty, relax.TensorType) and _static_shape(ty) is None for ty in fields):
             raise UnsupportedModel(f"tensor '{binding.var.name}' has no static shape; bind every input dimension")
@@ -235,5 +268,5 @@ def _check_main(main: Any) -> list[tuple[tuple[int, ...], str]]:
             raise UnsupportedModel(
                 f"output {k} of the model is not a tensor of static shape; bind every input dimension"
             )
-        results.append((shape, str(ty.dtype.dtype if hasattr(ty.dtype, "dtype") else ty.dtype)))
+        results.append((shape, _dtype_of(ty)))
     return results

@@ -162,9 +162,16 @@ def test_rules_of_onnx():
 
 
 def test_opset_limits():
+    old = model([h.make_node("Add", ["x", "b"], ["y"], broadcast=1)],
+                {"x": [2, 3, 4]}, {"y": [2, 3, 4]}, {"b": np.arange(4, dtype=np.float32)}, opset=6)  # fmt: skip
+    assert importer.prepare_onnx(old).opset == 7
+    imported = importer.load_model(old)
+    x = f32(2, 3, 4)
+    np.testing.assert_allclose(run_tvm(imported, {"x": x})[0], x + np.arange(4), rtol=1e-6)
     with pytest.raises(UnsupportedModel) as err:
-        importer.prepare_onnx(model([h.make_node("Relu", ["x"], ["y"])], {"x": [1]}, {"y": [1]}, opset=6))
-    one_line(err, "opset 6", "version_converter")
+        importer.prepare_onnx(model([h.make_node("Upsample", ["x"], ["y"], width_scale=2.0, height_scale=2.0)],
+                                    {"x": [1, 1, 2, 2]}, {"y": None}, opset=1))  # fmt: skip
+    one_line(err, "opset 1 is older than 7")
     with pytest.raises(UnsupportedModel) as err:
         importer.prepare_onnx(model([h.make_node("Relu", ["x"], ["y"])], {"x": [1]}, {"y": [1]}, opset=99))
     one_line(err, "opset 99", "newest")
@@ -270,8 +277,8 @@ def test_all_unsupported_operators_are_listed_at_once():
         (h.make_node("BatchNormalization", ["x", "k", "k", "k", "k"], ["y", "m", "v"], training_mode=1), {"k": f32(3)},
          "BatchNormalization with training_mode=1"),
         (h.make_node("Dropout", ["x", "r", "t"], ["y"]), {"r": np.float32(0.5), "t": np.array(True)}, "Dropout with"),
-        (h.make_node("ConvTranspose", ["x", "w"], ["y"], output_shape=[9, 9]), {"w": f32(3, 4, 2, 2)}, "output_shape"),
-        (h.make_node("LayerNormalization", ["x", "s"], ["y", "mean"]), {"s": f32(8)}, "Mean"),
+        (h.make_node("RoiAlign", ["x", "r", "b"], ["y"], mode="max"),
+         {"r": f32(1, 4), "b": np.zeros(1, np.int64)}, "mode=max"),
     ],
 )  # fmt: skip
 def test_what_tvm_would_misread_is_refused(node, init, part):
