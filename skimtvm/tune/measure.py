@@ -236,8 +236,8 @@ def servers(tracker: tuple[str, int], key: str) -> int:
     from tvm import rpc
 
     host, port = tracker
-
     try:
+        socket.create_connection(tracker, timeout=5).close()  # TVM's client would try again for a minute
         known = rpc.connect_tracker(host, port).summary()["server_info"]
     except Exception as e:
         raise EnvironmentProblem(
