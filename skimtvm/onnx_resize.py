@@ -22,6 +22,17 @@ from .onnx_read import one_line, opset_of
 _KEPT = ("mode", "coordinate_transformation_mode", "nearest_mode", "cubic_coeff_a", "exclude_outside", "antialias")
 
 
+_VALUES = {
+    "mode": (b"nearest", b"linear", b"cubic"),
+    "coordinate_transformation_mode": (
+        *(b"half_pixel", b"half_pixel_symmetric", b"pytorch_half_pixel", b"align_corners", b"asymmetric"),
+        b"tf_crop_and_resize",
+    ),
+    "nearest_mode": (b"round_prefer_floor", b"round_prefer_ceil", b"floor", b"ceil"),
+    "keep_aspect_ratio_policy": (b"stretch", b"not_larger", b"not_smaller"),
+}
+
+
 def plain_resizes(model: Any) -> bool:
     """Rewrite in place; True if something changed. Raises UnsupportedModel for a Resize that cannot be rewritten."""
     if opset_of(model) < 11 or not any(_is_resize(n) for n in model.graph.node):
@@ -48,6 +59,9 @@ def _refuse(node: Any, what: str) -> UnsupportedModel:
 
 def _rewrite(model: Any, node: Any, types: Mapping[str, TypeShape], initial: Mapping[str, Any]) -> list[Any]:
     attrs = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    for name, known in _VALUES.items():
+        if name in attrs and attrs[name] not in known:
+            raise _refuse(node, f"{name}={one_line(attrs[name].decode(errors='replace'), 40)!r}")
     shape = types.get(node.input[0], (0, None))[1]
     given = [numpy_helper.to_array(initial[n]) if n in initial else None for n in node.input[2:4]]
     values = next((v for v in given if v is not None and v.size), None)
@@ -58,7 +72,9 @@ def _rewrite(model: Any, node: Any, types: Mapping[str, TypeShape], initial: Map
         if odd:
             raise _refuse(node, f"{odd[0]} with a scale or shape that is not constant")
         return [node]  # TVM's importer says what is missing
-    axes = [a % len(shape) for a in attrs.get("axes", range(len(shape)))]
+    axes = [a % len(shape) if shape else 0 for a in attrs.get("axes", range(len(shape)))]
+    if len(set(axes)) != values.size or len(axes) != values.size or not np.isfinite(values).all():
+        raise _refuse(node, f"a scale or shape of {values.size} values for {len(axes)} axes")
     by_size = not (given[0] is not None and given[0].size)
     scales, sizes = [1.0] * len(shape), list(shape)
     policy = attrs.get("keep_aspect_ratio_policy", b"stretch")
@@ -123,5 +139,8 @@ def _weights(model: Any, node: Any, size: int, scale: float) -> np.ndarray:
     line = onnx.helper.make_node("Resize", ["x", "", "scales"], ["y"])
     line.attribute.extend(a for a in node.attribute if a.name in _KEPT)
     feeds = {"x": np.eye(size, dtype=np.float32), "scales": np.array([1.0, scale], np.float32)}
-    result = ReferenceEvaluator(line, opsets={"": opset_of(model)}).run(None, feeds)[0]
+    try:
+        result = ReferenceEvaluator(line, opsets={"": opset_of(model)}).run(None, feeds)[0]
+    except Exception as err:  # it raises whatever NumPy does
+        raise _refuse(node, f"this combination of attributes ({one_line(err, 80)})") from None
     return np.asarray(result, np.float32)

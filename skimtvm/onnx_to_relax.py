@@ -8,6 +8,7 @@ import re
 import warnings
 from typing import Any
 
+import onnx.defs
 import onnx.numpy_helper
 import tvm
 from tvm import relax
@@ -62,6 +63,19 @@ def misread(node: Any, constants: dict[str, bool]) -> str:
     return ""
 
 
+def left_out(node: Any, opset: int) -> str:
+    """Which required input of ``node`` is missing, for messages; "" if none is. TVM takes it for a value, and crashes."""
+    try:
+        formal = onnx.defs.get_schema(node.op_type, opset).inputs
+    except onnx.defs.SchemaError:
+        return ""
+    optional = onnx.defs.OpSchema.FormalParameterOption.Optional
+    for k, name in enumerate(node.input):
+        if not name and formal and formal[min(k, len(formal) - 1)].option != optional:
+            return f"input {k} left out"
+    return ""
+
+
 def check_operators(model: Any, opset: int) -> None:
     """Raise UnsupportedModel with every node that has no converter, those in subgraphs included."""
     known = onnx_frontend._get_convert_map().keys() | CONVERTERS.keys()
@@ -71,7 +85,7 @@ def check_operators(model: Any, opset: int) -> None:
     for graph in graphs(model.graph):
         for node in graph.node:
             custom = node.domain not in ("", "ai.onnx")
-            wrong = "" if custom else misread(node, constants)
+            wrong = "" if custom else misread(node, constants) or left_out(node, opset)
             if not custom and not wrong and node.op_type in known and not quantised(node.op_type):
                 continue
             op = f"{node.domain}.{node.op_type}" if custom else node.op_type
@@ -183,7 +197,7 @@ class _Importer(onnx_frontend.ONNXGraphImporter):
                 raise UnsupportedModel(
                     f"{self.where}: its result is {_dtype_of(ty)}, which cannot be computed on a CPU"
                 )
-            if 0 in shape:
+            if any(d < 1 for d in shape):  # TVM gives a slice backwards a negative size
                 raise UnsupportedModel(
                     f"{self.where}: its result is empty, shape {shape}; give inputs that are large enough"
                 )

@@ -111,7 +111,7 @@ def test_scalars():
 
 def test_chains_of_elementary_functions_compile_quickly():
     """Six in a row, in at most a few seconds of the time limit: one kernel for all of them takes TVM hours."""
-    chain = ["Tanh", "Exp", "Sigmoid", "Erf", "Exp", "Tanh"]
+    chain = ["Tanh", "Exp", "Sigmoid", "Erf", "Erf", "Tanh"]
     names = ["x", *(f"t{k}" for k in range(1, len(chain))), "y"]
     agrees([node(op, names[k], outputs=[names[k + 1]]) for k, op in enumerate(chain)], {"x": f32(1000)})
 
@@ -163,6 +163,25 @@ def test_resize_of_some_axes():
     with pytest.raises(UnsupportedModel) as err:
         backend.prepare(network([node("Resize", "x", "", "s", mode="linear")], x, {"s": np.float32([1, 1.3, 1, 1])}))
     one_line(err, "Resize node", "along axis 1")
+
+
+@pytest.mark.parametrize(
+    ("attrs", "scales", "part"),
+    [
+        ({"mode": "notset"}, [1, 1, 2, 2], "mode='notset'"),
+        ({"coordinate_transformation_mode": ""}, [1, 1, 0.6, 1], "coordinate_transformation_mode=''"),
+        ({"nearest_mode": "NOTSET"}, [1, 1, 0.6, 1], "nearest_mode"),
+        ({"axes": [2, 2]}, [0.5, 0.5], "2 values for 2 axes"),
+        ({}, [1, 1, np.nan, 1], "values"),
+    ],
+)
+def test_resize_with_attributes_that_mean_nothing(attrs, scales, part):
+    model = network([node("Resize", "x", "", "s", **attrs)], {"x": f32(1, 2, 4, 6)}, opset=18)
+    model.graph.initializer.append(nh.from_array(np.array(scales, np.float32), "s"))
+    model.graph.output[0].type.tensor_type.elem_type = TP.FLOAT
+    with pytest.raises(UnsupportedModel) as err:
+        backend.prepare(model)
+    one_line(err, "Resize node", part)
 
 
 def test_functions_of_onnx_are_expanded():

@@ -277,6 +277,7 @@ def test_all_unsupported_operators_are_listed_at_once():
         (h.make_node("BatchNormalization", ["x", "k", "k", "k", "k"], ["y", "m", "v"], training_mode=1), {"k": f32(3)},
          "BatchNormalization with training_mode=1"),
         (h.make_node("Dropout", ["x", "r", "t"], ["y"]), {"r": np.float32(0.5), "t": np.array(True)}, "Dropout with"),
+        (h.make_node("Concat", ["", "x"], ["y"], axis=1), {}, "Concat with input 0 left out"),
         (h.make_node("RoiAlign", ["x", "r", "b"], ["y"], mode="max"),
          {"r": f32(1, 4), "b": np.zeros(1, np.int64)}, "mode=max"),
     ],
@@ -286,6 +287,14 @@ def test_what_tvm_would_misread_is_refused(node, init, part):
     with pytest.raises(UnsupportedModel) as err:
         importer.load_model(model([node], {"x": [1, 3, 8, 8]}, outputs, init))
     one_line(err, "unsupported operators", part)
+
+
+def test_slice_of_negative_size_is_refused():
+    bounds = {"a": np.array([0]), "b": np.array([2**31]), "c": np.array([2]), "d": np.array([-(2**63)])}
+    nodes = [h.make_node("Relu", ["x"], ["r"]), h.make_node("Slice", ["r", *bounds], ["y"], name="cut")]
+    with pytest.raises(UnsupportedModel) as err:
+        importer.load_model(model(nodes, {"x": [1, 3, 2, 8]}, {"y": None}, bounds))
+    one_line(err, "Slice node 'cut'", "empty")
 
 
 def test_layer_normalization():
