@@ -145,9 +145,13 @@ class Scheduler:
             row = end
 
     def _lost(self, batches: list[list[_Pending]]) -> None:
-        """Put the requests of a worker that died back at the head of the queue, in their order."""
-        for pending in reversed([p for batch in batches for p in batch]):
+        """Put the requests of a worker that died back at the head of the queue, in their order.
+
+        Only its first batch had begun: the others waited in their slots and cannot be what killed it.
+        """
+        for pending in batches[0] if batches else []:
             pending.deaths += 1
+        for pending in reversed([p for batch in batches for p in batch]):
             if pending.result.done():
                 continue
             if pending.deaths < ATTEMPTS:

@@ -196,11 +196,14 @@ def test_a_failed_batch_fails_its_requests_only():
 
 
 def test_requests_of_a_dead_worker_run_again_in_order_and_only_once_more():
+    """What a worker was running when it died counts against a request, what waited in its second slot does not."""
+
     async def main():
         workers = Worker(ROWS), Worker(ROWS)
         pool = Pool(workers[0])
         s = scheduler(pool)
         tasks = await submit(s, *(request(k) for k in range(6)))
+        assert [len(batch) for batch in workers[0].busy.values()] == [1, 4]
         pool.die(0)
         assert s.queued == 6
         with pytest.raises(Overloaded, match="no worker"), s.admission():
@@ -209,13 +212,14 @@ def test_requests_of_a_dead_worker_run_again_in_order_and_only_once_more():
         pool.on_free()
         assert [p.request.inputs[0][0, 0] for batch in workers[1].busy.values() for p in batch] == [0, 1, 2, 3]
         pool.die(1)
-        for task in tasks[:4]:
-            with pytest.raises(ServingError, match="2 workers died"):
-                await task
+        with pytest.raises(ServingError, match="2 workers died"):
+            await tasks[0]
         pool.workers[2] = worker = Worker(ROWS)
         pool.on_free()
+        assert [p.request.inputs[0][0, 0] for batch in worker.busy.values() for p in batch] == [1, 2, 3, 4]
         pool.finish(worker)
-        assert await results(tasks[4:]) == [[[8, 8]], [[10, 10]]]
+        pool.finish(worker)
+        assert await results(tasks[1:]) == [[[2 * k, 2 * k]] for k in range(1, 6)]
 
     asyncio.run(main())
 
