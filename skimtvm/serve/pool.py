@@ -81,7 +81,8 @@ class WorkerPool:
     """``count`` workers that are replaced when they die.
 
     ``on_result(work, slot, failure, seconds)`` is called for each batch that ended, before its slot is free again;
-    ``on_lost(works)`` for what a worker had when it died, in the order in which it was given; ``on_free()`` whenever there may be room for more.
+    ``on_lost(works)`` for what a worker had when it died, oldest first; ``on_free()`` whenever there may be room for
+    more.
     ``stuck``: seconds without a result after which a busy worker is killed; None: never.
     """
 
