@@ -16,7 +16,7 @@ from ..schedules import row_kernels as rows
 from ..schedules.matmul import MatmulShape, matmul
 from ..schedules.row_kernels import Affine, Rows
 from ..target import CpuTarget
-from .schedule_rest import SCHEDULE_ATTR, ScheduleRest, has_math
+from .schedule_rest import SCHEDULE_ATTR, ScheduleRest, math_weight
 
 Legalizer = Callable[[relax.BlockBuilder, Any], Any]
 
@@ -75,16 +75,15 @@ class LegalizePrimitiveViews:
 
 @tvm.transform.module_pass(opt_level=0, name="LimitMathChains")
 class LimitMathChains:
-    """Keep more than two elementary functions in a row out of one kernel: every third one starts a kernel of its own.
+    """Keep long chains of elementary functions out of one kernel: where the limit is passed, a kernel of its own starts.
 
-    TVM's analyzer substitutes what a Let binds, so that the time to lower one expression doubles with each use of a
-    bound value: tanh(log(1 + exp(x))) took a minute.
+    TVM's analyzer substitutes what a Let binds, so that the time to lower one expression multiplies with each function
+    in it: two take 0.1 s, tanh(log(1 + exp(x))) 15 s, erf(erf(x)) more than a minute.
     """
 
     def transform_module(self, mod: tvm.ir.IRModule, _ctx: Any) -> tvm.ir.IRModule:
-        mathematics = {
-            gv for gv, func in mod.functions_items() if isinstance(func, tvm.tirx.PrimFunc) and has_math(func)
-        }
+        weight = {gv: math_weight(f) for gv, f in mod.functions_items() if isinstance(f, tvm.tirx.PrimFunc)}
+        fusible = {gv for gv in weight if mod[gv].attrs and int(mod[gv].attrs.get("op_pattern", OPAQUE)) < OPAQUE}
         depth: dict[Any, int] = {}
         cut: set[Any] = set()
         for func in mod.functions.values():
@@ -92,21 +91,23 @@ class LimitMathChains:
                 continue
             for binding in (b for block in func.body.blocks for b in block.bindings):
                 call = binding.value
-                args = [a for a in getattr(call, "args", ()) if isinstance(a, (relax.Var, relax.Tuple))]
-                read = [v for a in args for v in (a.fields if isinstance(a, relax.Tuple) else [a])]
-                depth[binding.var] = max((depth.get(v, 0) for v in read if isinstance(v, relax.Var)), default=0)
-                if isinstance(call, relax.Call) and call.args and call.args[0] in mathematics:
-                    depth[binding.var] += 1
-                    if depth[binding.var] > MOST_MATH:
-                        cut.add(call.args[0])
-                        depth[binding.var] = 0
+                if not isinstance(call, relax.Call) or not call.args or call.args[0] not in fusible:
+                    continue  # what FuseOps does not fuse ends a chain
+                read = [v for a in call.args[1:] for v in (a.fields if isinstance(a, relax.Tuple) else [a])]
+                total = weight[call.args[0]] + max(
+                    (depth.get(v, 0) for v in read if isinstance(v, relax.Var)), default=0
+                )
+                if weight[call.args[0]] and total > MOST_MATH:
+                    cut.add(call.args[0])
+                else:
+                    depth[binding.var] = total
         out = mod.clone()
         for gv in cut:
             out.update_func(gv, mod[gv].with_attr("op_pattern", OPAQUE))
         return out
 
 
-MOST_MATH = 2  # elementary functions in a row within one kernel
+MOST_MATH = 2  # weight of the elementary functions (see math_weight) that may stand in a row within one kernel
 OPAQUE = 8  # relax's OpPatternKind::kOpaque
 
 

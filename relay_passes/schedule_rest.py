@@ -23,8 +23,8 @@ _UNARY: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def has_math(func: tirx.PrimFunc) -> bool:
-    """Whether ``func`` calls a function that ``replace_math`` would replace."""
+def math_weight(func: tirx.PrimFunc) -> int:
+    """How many calls of ``func`` ``replace_math`` would replace; those with the longest expressions count twice."""
     found: list[str] = []
 
     def look(call: ir.Call) -> Any:
@@ -32,7 +32,7 @@ def has_math(func: tirx.PrimFunc) -> bool:
         return call
 
     tvm_ffi.structural_map(func, (ir.Call, look))
-    return any(name in _UNARY or name == "tirx.pow" for name in found)
+    return sum(2 if name in ("tirx.erf", "tirx.pow") else 1 for name in found if name in _UNARY or name == "tirx.pow")
 
 
 def replace_math(func: tirx.PrimFunc) -> tirx.PrimFunc:

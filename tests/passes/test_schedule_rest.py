@@ -265,3 +265,24 @@ def test_scheduled_kernels_pass_untouched() -> None:
     assert schedules_of(mod) == {}
     got = machine(compiled(mod))["main"](tvm.runtime.tensor(np.arange(64, dtype=F32))).numpy()
     np.testing.assert_array_equal(got, np.arange(64) * 4)
+
+
+@pytest.mark.parametrize(
+    ("functions", "kernels"),
+    [([op.exp, op.tanh], 1), ([op.exp, op.tanh, op.exp], 3), ([op.erf, op.erf], 2), ([op.erf, op.nn.relu], 1)],
+    ids=["two", "three", "two long", "one long"],
+)
+def test_chains_of_functions_are_limited(functions: list[Callable[[Any], Any]], kernels: int) -> None:
+    """TVM takes more than a minute to lower erf(erf(x)) in one kernel. What cuts a chain is a kernel of its own
+    wherever it occurs."""
+    bb = relax.BlockBuilder()
+    x = value = relax.Var("x", relax.TensorType((3, 40), F32))
+    with bb.function("main", [x]):
+        with bb.dataflow():
+            for function in functions:
+                value = bb.emit(function(value))
+            out = bb.emit_output(value)
+        bb.emit_func_output(out)
+    main = legalize_rest(TARGET)(bb.get())["main"]
+    calls = [b for block in main.body.blocks for b in block.bindings if isinstance(b.value, relax.Call)]
+    assert len(calls) == kernels
