@@ -20,6 +20,7 @@ from onnx import TensorProto
 from .errors import EnvironmentProblem, InvalidModel
 from .onnx_expand import expand, upgrade
 from .onnx_fold import densify, drop_dead, fold
+from .onnx_infer import limit_steps
 from .onnx_read import MIN_OPSET, graphs, one_line, opset_of, read_model
 from .onnx_shapes import change_batch, resolve_inputs, set_input_shapes
 from .onnx_types import check_types, odd_weights, to_float32
@@ -118,12 +119,14 @@ def _prepare(
     shapes, rebatch = resolve_inputs(model, input_shapes, batch)
     drop_dead(model)
     fold(model, shapes=False)
+    limit_steps(model)
     if rebatch is not None:
         change_batch(model, shapes, *rebatch)
     set_input_shapes(model, shapes)
     fold(model)
     if expand(model):
         fold(model)
+    limit_steps(model)
     warnings = []
     converted = to_float32(model)
     if converted:

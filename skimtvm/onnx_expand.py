@@ -14,7 +14,8 @@ import onnx.inliner
 import onnx.version_converter
 
 from .errors import UnsupportedModel
-from .onnx_fold import TypeShape, drop_dead, infer
+from .onnx_fold import drop_dead
+from .onnx_infer import TypeShape, infer
 from .onnx_read import MIN_OPSET, one_line, opset_of, skeleton
 from .onnx_resize import plain_resizes
 

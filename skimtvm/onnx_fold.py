@@ -17,7 +17,8 @@ import onnx.shape_inference
 from onnx import TensorProto, numpy_helper
 
 from .errors import InvalidModel
-from .onnx_read import one_line, opset_of, skeleton, subgraphs
+from .onnx_infer import TypeShape, infer
+from .onnx_read import one_line, opset_of, subgraphs
 
 FOLD_BYTES = 1 << 30  # a constant larger than this is left to be computed at run time
 _ROUNDS = 30
@@ -40,43 +41,6 @@ _GROWING = frozenset(
 )
 # Before opset 13 these work on a 2-D view, which the reference implementation does not model.
 _SINCE_13 = frozenset(("Softmax", "LogSoftmax", "Hardmax"))
-
-TypeShape = tuple[int, tuple[int, ...] | None]
-
-
-def static_shape(value: Any) -> tuple[int, ...] | None:
-    """Shape of a ValueInfoProto if every dimension has a value."""
-    if not value.type.tensor_type.HasField("shape"):
-        return None
-    dims = value.type.tensor_type.shape.dim
-    return tuple(d.dim_value for d in dims) if all(d.HasField("dim_value") for d in dims) else None
-
-
-def infer(model: Any, *, strict: bool = False) -> dict[str, TypeShape]:
-    """Element type and (if static) shape of every tensor of the main graph that ONNX's shape inference can tell.
-
-    ``strict``: raise onnx.shape_inference.InferenceError where the shapes contradict each other.
-    """
-    copy = skeleton(model)
-    try:
-        done = onnx.shape_inference.infer_shapes(copy, strict_mode=strict, data_prop=True)
-    except Exception:
-        if strict:
-            raise
-        try:
-            done = onnx.shape_inference.infer_shapes(copy)
-        except Exception:  # inference is a help, not a condition: the importer decides
-            done = copy
-    found: dict[str, TypeShape] = {}
-    for values in (done.graph.value_info, done.graph.input, done.graph.output):
-        for value in values:
-            if value.type.HasField("tensor_type"):
-                known = found.get(value.name)
-                if known is None or known[1] is None:
-                    found[value.name] = (value.type.tensor_type.elem_type, static_shape(value))
-    for tensor in model.graph.initializer:
-        found[tensor.name] = (tensor.data_type, tuple(tensor.dims))
-    return found
 
 
 def _attributes(node: Any) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import onnx.helper
 from onnx import numpy_helper
 
 from .errors import UnsupportedModel
-from .onnx_fold import TypeShape, infer
+from .onnx_infer import TypeShape, infer
 from .onnx_read import one_line, opset_of
 
 _KEPT = ("mode", "coordinate_transformation_mode", "nearest_mode", "cubic_coeff_a", "exclude_outside", "antialias")

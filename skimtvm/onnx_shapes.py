@@ -13,7 +13,8 @@ import onnx.shape_inference
 from onnx import numpy_helper
 
 from .errors import InvalidOption, UnboundShape, UnsupportedModel
-from .onnx_fold import TypeShape, fold, infer
+from .onnx_fold import fold
+from .onnx_infer import TypeShape, infer
 from .onnx_read import one_line, skeleton
 
 Dim = int | str | None  # a value, a symbol, or nothing known

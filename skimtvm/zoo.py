@@ -18,7 +18,8 @@ import onnx
 from onnx import numpy_helper
 
 from .errors import EnvironmentProblem, InvalidOption
-from .onnx_fold import add_initializer, infer
+from .onnx_fold import add_initializer
+from .onnx_infer import infer
 from .onnx_shapes import change_batch, resolve_inputs, set_input_shapes
 
 NAMES = {

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import onnx
 from onnx import numpy_helper
 
+from ..onnx_infer import inferred
 from ..onnx_read import opset_of, skeleton
 from .weights import Graph, attributes
 
@@ -256,7 +257,7 @@ def unknown(count: int) -> Array:
 def dims_of(model: Any) -> dict[str, tuple[int | None, ...]]:
     """What shape inference can tell; None for a dimension without a value."""
     try:
-        done = onnx.shape_inference.infer_shapes(skeleton(model), data_prop=True)
+        done = inferred(skeleton(model))
     except Exception:  # inference is a help: what it does not know is not touched
         return {}
     found: dict[str, tuple[int | None, ...]] = {}

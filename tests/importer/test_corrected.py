@@ -202,3 +202,30 @@ def test_results_of_small_types_are_refused(kind):
     with pytest.raises(UnsupportedModel) as err:
         backend.prepare(model)
     one_line(err, "Cast node 'y': its result is")
+
+
+@pytest.mark.parametrize("step", [2**31 - 1, 2**31, 2**63 - 1])
+def test_a_slice_whose_step_leaves_the_shape(step):
+    """A step of 2**63 - 1 made ONNX's shape inference read outside of the values that it propagates."""
+    x = np.arange(-12, 12, dtype=np.float32).reshape(2, 3, 4)
+    big, one = np.array([step], np.int64), np.array([1], np.int64)
+    init = {"flat": -one, "from": 2 * one, "to": np.array([2**31], np.int64), "axis": 0 * one, "step": big}
+    nodes = [
+        node("Relu", "x", outputs=["r"]),
+        node("Reshape", "r", "flat", outputs=["f"]),
+        node("Slice", "f", "from", "to", "axis", "step"),
+    ]
+    agrees(nodes, {"x": x}, init, expected=[np.maximum(x, 0).reshape(-1)[2:3]])
+
+
+def test_a_slice_whose_step_is_computed():
+    init = {"from": np.array([0], np.int64), "to": np.array([9], np.int64), "axis": np.array([0], np.int64)}
+    init["unit"] = np.array([2**40], np.int64)
+    nodes = [
+        node("Relu", "x", outputs=["r"]),
+        node("Shape", "r", outputs=["shape"]),
+        node("Mul", "shape", "unit", outputs=["step"]),
+        node("Slice", "r", "from", "to", "axis", "step"),
+    ]
+    x = np.array([3, -1, 2, 5], np.float32)
+    agrees(nodes, {"x": x}, init, expected=[x[:1]])
