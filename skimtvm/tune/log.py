@@ -9,12 +9,13 @@ import fcntl
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import InvalidOption, OutputExists
+from ..errors import InvalidOption, OutputExists, UnsupportedWorkload
 from ..workload import ConvWorkload, DenseWorkload
 
 SCHEMA = 1
@@ -110,8 +111,11 @@ class Record:
 
     @staticmethod
     def from_json(text: str) -> Record:
-        """Raises ValueError for a line that is no record of this schema."""
-        raw = json.loads(text)
+        """Raises ValueError for a line that is no record of this schema, whatever it holds: a log may come from anyone."""
+        try:
+            raw = json.loads(text)
+        except RecursionError:
+            raise ValueError("nested too deeply") from None
         if not isinstance(raw, dict):
             raise ValueError("not an object")
         if raw.get("schema") != SCHEMA:
@@ -128,7 +132,7 @@ class Record:
             values["spread"] = None if raw["spread"] is None else (float(raw["spread"][0]), float(raw["spread"][1]))
             record = Record(**values)
             _check(record)
-        except (TypeError, KeyError, IndexError, AttributeError) as e:
+        except (TypeError, KeyError, IndexError, AttributeError, OverflowError, UnsupportedWorkload) as e:
             raise ValueError(f"a field has the wrong form ({type(e).__name__}: {e})") from None
         return record
 
@@ -141,14 +145,34 @@ _REQUIRED = tuple(
 )
 
 
+_TYPES: dict[str, Callable[[Any], bool]] = {
+    "str": lambda v: isinstance(v, str) and " ".join(v.split()).isprintable(),
+    "int": lambda v: type(v) is int,
+    "float": lambda v: type(v) in (int, float) and math.isfinite(v),
+    "float | None": lambda v: v is None or _TYPES["float"](v),
+    "tuple[float, float] | None": lambda v: v is None or all(math.isfinite(s) and s > 0 for s in v),
+    "Sparsity": lambda v: isinstance(v, Sparsity),
+    "ConvWorkload | DenseWorkload": lambda v: type(v) in _WORKLOADS.values(),
+    "Pair": lambda v: type(v) is tuple and len(v) == 2 and all(type(d) is int for d in v),
+    "Padding": lambda v: type(v) is tuple and len(v) == 4 and all(type(d) is int for d in v),
+    "Mapping[str, int | bool]": lambda v: isinstance(v, dict) and all(type(n) in (int, bool) for n in v.values()),
+    "Mapping[str, str]": lambda v: isinstance(v, dict) and all(_TYPES["str"](t) for p in v.items() for t in p),
+}
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}")
+
+
 def _check(r: Record) -> None:
+    """ValueError unless every field has its type: records are keys of dictionaries, and name files."""
+    for owner in (r, r.sparsity, r.workload):
+        for f in dataclasses.fields(owner):
+            if not _TYPES[str(f.type)](getattr(owner, f.name)):
+                raise ValueError(f"'{f.name}' has the wrong form")
+    if not all(_FILE_NAME.fullmatch(name) for name in (r.cpu, r.kernel)):
+        raise ValueError("'cpu' or 'kernel' is no name of a folder or file")
     if r.kind not in ("trial", "best"):
         raise ValueError(f"kind '{r.kind}' is neither trial nor best")
-    for knobs in (r.knobs, r.default_knobs):
-        if not all(isinstance(v, int) for v in knobs.values()):
-            raise ValueError("knobs are not whole numbers")
     for seconds in (r.median_s, r.default_s):
-        if seconds is not None and not (math.isfinite(seconds) and seconds > 0):
+        if seconds is not None and seconds <= 0:
             raise ValueError(f"{seconds!r} is no time")
     if r.kind == "best" and r.median_s is None:
         raise ValueError("a best record without a time")

@@ -59,6 +59,16 @@ def test_unknown_fields_are_ignored_and_required_ones_are_required() -> None:
         {"spread": [1]},
         {"sparsity": {}},
         {"default_knobs": None},
+        {"cpu": "../elsewhere"},
+        {"kernel": "a/b"},
+        {"kernel": ".hidden"},
+        {"version": ["a"]},
+        {"layout": {}},
+        {"threads": "1"},
+        {"predicted": float("nan")},
+        {"time": "\ud800"},
+        {"versions": {"skimtvm": 1}},
+        {"default_s": 10**400},
     ],
     ids=str,
 )
@@ -66,6 +76,29 @@ def test_damaged_fields(change: dict[str, Any], tmp_path: Path) -> None:
     raw = json.loads(record(conv_site()).to_json()) | change
     with pytest.raises(ValueError):
         Record.from_json(json.dumps(raw))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"workload": {"n": 0}},
+        {"workload": {"padding": [0, 0]}},
+        {"workload": {"c": 1.5}},
+        {"sparsity": {"signature": {}}},
+    ],
+    ids=str,
+)
+def test_damaged_parts(change: dict[str, Any]) -> None:
+    raw = json.loads(record(conv_site()).to_json())
+    for name, part in change.items():
+        raw[name] |= part
+    with pytest.raises(ValueError):
+        Record.from_json(json.dumps(raw))
+
+
+def test_a_line_of_brackets_is_damaged() -> None:
+    with pytest.raises(ValueError, match="deep"):
+        Record.from_json("[" * 100_000)
 
 
 def test_a_damaged_line_is_named_and_skipped(tmp_path: Path) -> None:
