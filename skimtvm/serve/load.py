@@ -43,6 +43,8 @@ class Counts:
     refused: int = 0  # with 503
     wrong: list[str] = field(default_factory=list)  # wrong numbers
     other: Counter[str] = field(default_factory=Counter)  # any other status, or no answer
+    other_at: list[str] = field(default_factory=list)  # when, and after how long
+    longest_stall: float = 0.0  # seconds in which this process itself did not get to run
     malformed_sent: int = 0
     malformed_refused: Counter[str] = field(default_factory=Counter)  # by kind, refused as it should be
     malformed_other: Counter[str] = field(default_factory=Counter)
@@ -59,6 +61,8 @@ class Counts:
             "wrong": len(self.wrong),
             "wrong_examples": self.wrong[:10],
             "lost_or_other": dict(self.other),
+            "lost_or_other_examples": self.other_at[:30],
+            "longest_stall_of_client_s": round(self.longest_stall, 2),
             "unanswered": self.sent - self.right - self.refused - len(self.wrong) - self.other.total(),
             "malformed_sent": self.malformed_sent,
             "malformed_refused": dict(self.malformed_refused),
@@ -118,6 +122,7 @@ class Load:
         self.random = random.Random(3)
         self.bad = malformed(valid, limit)
         self.counts = Counts()
+        self.start = time.monotonic()
         self._tasks: set[asyncio.Task[None]] = set()
         self._bodies: dict[tuple[tuple[int, ...], bool], bytes] = {}
 
@@ -135,9 +140,10 @@ class Load:
 
     async def offer(self, rate: float, seconds: float) -> None:
         """``rate`` requests a second for ``seconds``, whatever becomes of them, and then wait for all of them."""
-        start = time.monotonic()
-        offered = 0
+        start = self.start = time.monotonic()
+        offered, last = 0, 0.0
         while (now := time.monotonic() - start) < seconds:
+            self.counts.longest_stall, last = max(self.counts.longest_stall, now - last - _TICK), now
             due = int(now * rate) - offered
             offered += due
             for _ in range(due):
@@ -176,18 +182,23 @@ class Load:
         try:
             answer = await asyncio.wait_for(connection.exchange(data), self.answer_limit)
         except (NoAnswer, TimeoutError) as e:
-            counts.other[f"no answer ({e or type(e).__name__})"] += 1
+            self._odd(f"no answer ({str(e) or type(e).__name__})", start)
             return
         if answer.status == 503:
             counts.refused += 1
         elif answer.status != 200:
-            counts.other[str(answer.status)] += 1
+            self._odd(str(answer.status), start)
         elif self.valid.is_right(answer, samples):
             counts.right += 1
             counts.rows += rows
             counts.seconds.append(time.monotonic() - start)
         else:
             counts.wrong.append(f"samples {samples}, binary {key[1]}")
+
+    def _odd(self, what: str, start: float) -> None:
+        now = time.monotonic()
+        self.counts.other[what] += 1
+        self.counts.other_at.append(f"{what}, {now - self.start:.1f} s into the load, after {now - start:.1f} s")
 
     async def _malformed(self, connection: Connection, case: Malformed) -> None:
         counts = self.counts
