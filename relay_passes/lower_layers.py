@@ -23,10 +23,8 @@ from ..layout import Phases, natural
 from ..report import LayerRecord
 from ..schedules import conv2d as conv
 from ..schedules import interleaved, moves
-from ..schedules import winograd_conv2d as wino
 from ..schedules.pointwise import Slot, emit_pointwise
-from ..schedules.sites import AnyKnobs, ConvSite, FcSite, Site
-from ..schedules.winograd import emit as emit_winograd
+from ..schedules.sites import AnyKnobs, ConvSite, FcSite, Site, WinogradSite
 from ..target import CpuTarget
 from ..workload import WinogradWorkload
 from ._utils import Graph, shape_of, substitute, tensor_leaves
@@ -169,19 +167,15 @@ class _Lowering(FlatValues):
         residuals = [self._contiguous(t) for t in n.inputs[1:]]
         native = isinstance(wl, WinogradWorkload)
         weight = layer.weight if native else winograd.transform(m, wl.kh).forward(layer.weight)
-        knobs = wino.default_knobs(wl, m, choice.rows == 0, target, choice.stored)
         slots = tuple(s for _, s in residuals)
-        kernel = wino.build(wl, weight, src, dst, m, knobs, epilogue=layer.program, tensors=slots)
-        gemm = kernel.gemm
-        fmt = "dense" if knobs.dense else "csr" if knobs.rows == 1 else "bsr"
-        name = f"f32_{fmt}_winograd{m}_conv2d_{knobs.rows}x{knobs.together * knobs.lanes}_{target.isa}"
+        site = WinogradSite(m, choice.rows == 0, choice.stored, wl, weight, src, dst, layer.program, slots)
+        kernel = site.build(site.default(target), target)
         args = [buffer, *(self._const(a) for a in kernel.constants), *self._channel_args(n), *(b for b, _ in residuals)]
         record = self._record(
-            n, "conv2d", kernel=name, reason=choice.reason, macs=wl.macs, nnz=int(np.count_nonzero(layer.weight)),
+            n, "conv2d", kernel=kernel.name, reason=choice.reason, macs=wl.macs, nnz=int(np.count_nonzero(layer.weight)),
             weights=layer.weight.size, stored_bytes=kernel.stored_bytes,
         )  # fmt: skip
-        make = partial(emit_winograd, gemm, target)
-        self._write(n.var, gemm, name, make, args, record, workspace=gemm.workspace)
+        self._write(n.var, kernel.key, kernel.name, kernel.emit, args, record, workspace=kernel.workspace)
 
     def _phases(self, x: Any, phases: Phases, name: str) -> tuple[Any, Slot]:
         key = self.plan.phase_key(x, phases)

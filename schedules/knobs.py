@@ -45,7 +45,8 @@ def candidates(rows: int, total: int, lanes: int, target: CpuTarget) -> list[int
     """Tile heights V that stay in registers and in accumulator buffers below 1 KB (field limits of TVM), balanced."""
     registers = target.registers - 6  # the rest holds loaded vectors and broadcasts
     most = max(1, min(registers // rows, ACCUMULATOR_BYTES // (4 * lanes), WIDEST // lanes))
-    return sorted({-(-total // -(-total // v)) for v in range(1, most + 1)})
+    tall = (v for v in range(1, most + 1) if v == 1 or fits(rows, v, lanes, target))
+    return sorted({-(-total // -(-total // v)) for v in tall})
 
 
 def lines_of_tile(taps: Sequence[Tap], width: int, row_pitch: int) -> int:

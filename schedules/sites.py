@@ -19,12 +19,14 @@ import numpy.typing as npt
 from ..layout import Halo, Space, plane
 from ..target import CpuTarget
 from ..workload import ConvWorkload, DenseWorkload
-from . import conv2d, dense, gather_gemm
+from . import conv2d, dense, gather_gemm, winograd
 from . import knobs as model
+from . import winograd_conv2d as wino
 from .dense import FcKnobs
 from .gather_gemm import Knobs
 from .knobs import ConvSpace, FcSpace
 from .pointwise import Instr, Program, Slot
+from .winograd import WinogradKnobs
 
 F32 = npt.NDArray[np.float32]
 AnyKnobs = Knobs | FcKnobs
@@ -33,13 +35,15 @@ AnyKnobs = Knobs | FcKnobs
 @dataclass(frozen=True, eq=False)
 class Built:
     """``emit`` makes the PrimFunc, whose parameters are the source, ``constants``, f32[k] for each channel operand of the
-    epilogue, the residuals, and the output, all flat. ``key``: equal for kernels of equal code."""
+    epilogue, the residuals, the output, and scratch of ``workspace`` floats if that is not 0, all flat. ``key``: equal for
+    kernels of equal code."""
 
     name: str
     key: Any
     constants: tuple[npt.NDArray[Any], ...]
     stored_bytes: int
     emit: Callable[[], Any]
+    workspace: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +138,46 @@ class FcSite:
         return wl.m * wl.k, (wl.m * wl.n,) * self.residuals, wl.m * wl.n
 
 
-Site = ConvSite | FcSite
+@dataclass(frozen=True, eq=False)
+class WinogradSite:
+    """A convolution by F(m x m, r x r); ``weight`` f32[k, c / groups, t, t] of its positions, of which ``stored`` are not
+    zero; ``dense``: store all of them."""
+
+    m: int
+    dense: bool
+    stored: float
+    workload: ConvWorkload
+    weight: F32
+    src: Slot
+    dst: Slot
+    epilogue: Program = field(default_factory=Program)
+    tensors: tuple[Slot, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return f"{'dense' if self.dense else 'csr'}_winograd{self.m}"
+
+    def default(self, target: CpuTarget) -> WinogradKnobs:
+        return wino.default_knobs(self.workload, self.m, self.dense, target, self.stored)
+
+    def build(self, knobs: AnyKnobs | WinogradKnobs, target: CpuTarget) -> Built:
+        assert isinstance(knobs, WinogradKnobs)
+        kernel = wino.build(
+            self.workload, self.weight, self.src, self.dst, self.m, knobs, epilogue=self.epilogue, tensors=self.tensors
+        )
+        gemm = kernel.gemm
+        fmt = "dense" if knobs.dense else "csr" if knobs.rows == 1 else "bsr"
+        name = f"f32_{fmt}_winograd{self.m}_conv2d_{knobs.rows}x{knobs.together * knobs.lanes}_{target.isa}"
+        make = lambda: winograd.emit(gemm, target)
+        return Built(name, gemm, kernel.constants, kernel.stored_bytes, make, gemm.workspace)
+
+    def sizes(self) -> tuple[int, tuple[int, ...], int]:
+        """Floats of source, residuals and output."""
+        return self.src.size, tuple(t.size for t in self.tensors), self.dst.size
+
+
+Site = ConvSite | FcSite  # what has knobs to tune
+AnySite = Site | WinogradSite
 
 
 # ---- versions ----------------------------------------------------------------------------------------------------
@@ -156,7 +199,7 @@ def version(name: str, target: CpuTarget) -> str:
     return digest.hexdigest()[:12]
 
 
-def _samples(kernel: str, op: str) -> list[tuple[Site, dict[str, int]]]:
+def _samples(kernel: str, op: str) -> list[tuple[AnySite, dict[str, int]]]:
     rng = np.random.default_rng(0)
     relu = Program((Instr("add", ("t0", "c0")), Instr("nn.relu", ("v0",))), 1, 1)
     if op == "fc":
@@ -170,5 +213,9 @@ def _samples(kernel: str, op: str) -> list[tuple[Site, dict[str, int]]]:
     halo, space = Halo(1, 1, 1, 1), Space(10, 10)
     src, dst = plane(1, wl.c, 9, 9, space, halo), plane(1, wl.k, 9, 9, space, halo)
     slots = Slot(src, src.size), Slot(dst, dst.size)
+    if op.startswith("winograd"):
+        shape = (wl.k, wl.c, int(op[-1]) + 2, int(op[-1]) + 2)
+        u: F32 = (rng.standard_normal(shape) * (rng.random(shape) < 0.3)).astype(np.float32)
+        return [(WinogradSite(int(op[-1]), kernel == "dense", 0.3, wl, u, *slots, relu), {})]
     conv = ConvSite(kernel, rows, 0.3, wl, weight, *slots, relu)
     return [(conv, {}), (conv, {} if kernel == "dense" else {"channel_block": 2})]

@@ -14,11 +14,13 @@ import tvm
 
 from . import pipeline
 from .batching import estimate
+from .calibration import Calibration, for_target
 from .errors import InternalError, InvalidModel, InvalidOption, SkimError
 from .importer import ImportedModel, load_model
 from .relay_passes.join_sizes import join_sizes
 from .relay_passes.lower_layers import KnobSource
 from .report import Manifest, Variant
+from .schedules.sites import version
 from .target import CpuTarget, resolve
 from .tune.log import SHIPPED
 from .tune.lookup import Lookup
@@ -31,7 +33,8 @@ class CompileOptions:
     ``force``: (layer, kernel) pairs; ``dump_ir``: directory for the module after each phase; ``tolerance``: largest
     error, over the largest output of a layer, that a kernel may add for speed: what F(4x4,3x3) adds to ordinary weights
     (about 1e-5) passes the default; ``log``: tuning log to use before the one that comes with the package, or "none" for
-    default knobs everywhere."""
+    default knobs everywhere; ``calibration``: the measured table to choose
+    kernels by, or "none" for the built-in model (default: that of ``log``, else the one that comes with the package)."""
 
     target: str = "auto"
     batch: int | tuple[int, ...] | None = None
@@ -41,6 +44,7 @@ class CompileOptions:
     dump_ir: Path | None = None
     tolerance: float = 1e-4
     log: str | None = None
+    calibration: str | None = None
 
     def __post_init__(self) -> None:
         if self.batch is not None:
@@ -83,8 +87,9 @@ def compile_model(
     step = progress or (lambda phase, fraction: None)
     cpu = resolve(options.target)
     lookup = Lookup.load(log_folders(options.log), cpu)
+    calibration = find_calibration(options, cpu)
     try:
-        lowered = lower_model(source, options, cpu, lookup, step)
+        lowered = lower_model(source, options, cpu, lookup, step, calibration)
         model, last = lowered[-1]
         mod = last.mod
         if options.batches:
@@ -115,13 +120,18 @@ def compile_model(
         model_sha256=model.sha256,
         model_name=model.name,
         options=options.record(),
-        warnings=(*model.warnings, *lookup.warnings),
+        warnings=(*model.warnings, *lookup.warnings, *_outdated(calibration, cpu)),
         batches=options.batches,
         seconds=tuple(estimate(low.layers, len(low.calls)) for _, low in lowered) if options.batches else (),
         variants=tuple(
             Variant(n, low.layers, low.calls) for n, (_, low) in zip(options.batches[:-1], lowered, strict=False)
         ),
         tools=_tools(),
+        choice=f"measured table: {calibration}"
+        if calibration
+        else f"built-in model: no calibration of {cpu.mcpu}"
+        if options.calibration is None
+        else "built-in model",
     )
     step("done", 1.0)
     return Compiled(manifest, executable)
@@ -138,15 +148,31 @@ def log_folders(log: str | None) -> tuple[Path, ...]:
     return (Path(log), SHIPPED)
 
 
+def find_calibration(options: CompileOptions, cpu: CpuTarget) -> Calibration | None:
+    """The measured table that ``options`` ask for. Raises InvalidOption."""
+    folders = (Path(options.log),) if options.log not in (None, "none") else ()
+    return for_target(options.calibration, (*folders, SHIPPED), cpu.mcpu)
+
+
+def _outdated(calibration: Calibration | None, cpu: CpuTarget) -> list[str]:
+    """A warning if kernels have changed since they were measured. Their times are still the best guess."""
+    old = [name for name, v in (calibration.kernels if calibration else {}).items() if v != version(name, cpu)]
+    return [f"the calibration measured other versions of {', '.join(old)}; run skimtvm calibrate again"] if old else []
+
+
 def lower_model(
     source: Any,
     options: CompileOptions,
     cpu: CpuTarget,
     knobs: KnobSource | None = None,
     step: Callable[[str, float], None] = lambda phase, fraction: None,
+    calibration: Calibration | None = None,
 ) -> list[tuple[ImportedModel, pipeline.Lowered]]:
-    """The network at each batch size that ``options`` ask for, down to kernel calls; ``knobs``: see ``LowerLayers``."""
-    return [_lower(source, options, cpu, batch, knobs, step) for batch in options.batches or (options.batch,)]
+    """The network at each batch size that ``options`` ask for, down to kernel calls; ``knobs``: see ``LowerLayers``;
+    ``calibration``: see ``pipeline.run``."""
+    return [
+        _lower(source, options, cpu, batch, knobs, step, calibration) for batch in options.batches or (options.batch,)
+    ]
 
 
 def _lower(
@@ -156,6 +182,7 @@ def _lower(
     batch: int | tuple[int, ...] | None,
     knobs: KnobSource | None,
     step: Callable[[str, float], None],
+    calibration: Calibration | None,
 ) -> tuple[ImportedModel, pipeline.Lowered]:
     """Import the network and lower it, at one batch size."""
     assert not isinstance(batch, tuple)
@@ -187,6 +214,7 @@ def _lower(
         force=dict(options.force),
         tolerance=options.tolerance,
         winograd=model.winograd,
+        calibration=calibration,
         knobs=knobs,
         dump_dir=dump,
         progress=part,

@@ -15,6 +15,7 @@ from typing import Any
 import tvm
 from tvm import relax
 
+from .calibration import Calibration
 from .chooser import Choice, choose
 from .errors import InternalError, InvalidOption, OutputExists
 from .formats.stats import analyse
@@ -72,7 +73,11 @@ class _Dump:
 
 
 def choose_kernels(
-    mod: tvm.IRModule, threshold: float | None, force: dict[str, str], tolerance: float = 1e-4
+    mod: tvm.IRModule,
+    threshold: float | None,
+    force: dict[str, str],
+    tolerance: float = 1e-4,
+    calibration: Calibration | None = None,
 ) -> dict[str, Choice]:
     """Choice for every convolution and dense layer of a fused module, by layer name."""
     choices: dict[str, Choice] = {}
@@ -99,6 +104,7 @@ def choose_kernels(
             force=force,
             tolerance=tolerance,
             winograd_error=partial(expected_error, layer.weight) if not native and brief else None,
+            calibration=calibration,
         )
     unknown = sorted(set(force) - set(choices))
     if unknown:
@@ -117,6 +123,7 @@ def run(
     force: dict[str, str] | None = None,
     tolerance: float = 1e-4,
     winograd: Mapping[str, tuple[int, int]] | None = None,
+    calibration: Calibration | None = None,
     knobs: KnobSource | None = None,
     dump_dir: Path | None = None,
     progress: Progress | None = None,
@@ -126,8 +133,9 @@ def run(
     ``single``: the same network imported at batch 1, when ``mod`` has a larger batch; its first layers may then run image
     by image (``split_batch``). ``keep_apart``: raise InvalidOption unless the images of a batch are known to be
     independent of each other. ``tolerance``: error over a layer's largest output that a kernel may add.
-    ``winograd``: (m, r) of the convolutions that stand for native Winograd layers, by name. ``knobs``: the knobs of each
-    layer's kernel (None: the defaults).
+    ``winograd``: (m, r) of the convolutions that stand for native Winograd layers, by name. ``calibration``: the
+    measured table that kernels are chosen by (None: the built-in model). ``knobs``: the knobs of each layer's kernel
+    (None: the defaults).
     """
     step, dump = progress or (lambda phase, fraction: None), _Dump(dump_dir)
     dump("import", mod)
@@ -149,7 +157,7 @@ def run(
     whole = _fuse(mod, native, gates=True)
     dump("fuse_layers", whole)
     # 3. sparse or dense, layer by layer
-    choices = choose_kernels(whole, threshold, force or {}, tolerance)
+    choices = choose_kernels(whole, threshold, force or {}, tolerance, calibration)
     if single is not None:
         parts = _split(mod, single, target, choices, native)
         if parts is not None:

@@ -90,6 +90,7 @@ class Manifest:
     seconds: tuple[float, ...] = ()
     variants: tuple[Variant, ...] = ()
     tools: dict[str, str] = field(default_factory=dict)  # versions that decide the module's bytes, by name
+    choice: str = ""  # what the kernels were chosen by: a measured table, or the built-in model
 
     def at(self, batch: int) -> Manifest:
         """The manifest as that of a module for ``batch`` alone, which must be one of ``batches``."""

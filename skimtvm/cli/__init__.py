@@ -16,6 +16,7 @@ import click
 from .. import __version__
 from ..errors import SkimError
 from .bench import bench_command
+from .calibrate import calibrate_command
 from .compile import compile_command
 from .demo import demo_command
 from .inspect import inspect_command
@@ -100,6 +101,7 @@ for _command in (
     train_demo_command,
     plot_command,
     tune_command,
+    calibrate_command,
     log_command,
 ):
     main.add_command(_command)

@@ -40,6 +40,10 @@ from ._common import LAYER_COLUMNS, Batches, Pair, ShapePair, file_size, layer_r
     "--tolerance", type=click.FloatRange(min=0, min_open=True), help="Relative error that optimisations may add."
 )
 @click.option("--log", help="Tuning log to use before the one that comes with the package; none for default knobs.")
+@click.option(
+    "--calibration",
+    help="File of skimtvm calibrate to choose kernels by; none for the built-in model.  [default: shipped]",
+)
 @click.option("--explain", is_flag=True, help="Print each layer's kernel and why it was chosen.")
 @click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
@@ -66,6 +70,7 @@ def compile_command(model: Path, output: Path, explain: bool, overwrite: bool, q
         print(f"skimtvm: warning: {' '.join(warning.split())}", file=sys.stderr)
     if explain:
         print_table(LAYER_COLUMNS, layer_rows(manifest.layers))
+        print(f"kernels chosen by the {manifest.choice}")
     batches = f"batches {', '.join(map(str, manifest.batches))}, " if manifest.batches else ""
     print(f"{output}: {summary(manifest)}, {batches}target {manifest.target}, {file_size(output)}")
 

@@ -83,7 +83,7 @@ def train_demo_command(
     if guided or alphas is not None:
         from ..prune.guide import Machine
 
-        given["guide"] = {} if alphas is None else dataclasses.asdict(Machine.load(alphas))
+        given["guide"] = {} if alphas is None else Machine.load(alphas).record()
     config = Config(**given)
     folder = run_dir if run_dir is not None else runs / config.name
     with progress(quiet) as report:

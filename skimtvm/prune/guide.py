@@ -7,10 +7,15 @@ S_A and weights S_W, memory bandwidth B:
 
 alpha is how much longer the sparse kernel takes for a multiply-add (1 / alpha is the break-even density), beta about 2
 for an index beside each value. SkimCaffe's model has t_dense = C / F; the bytes count for fully connected layers at batch 1.
+
+With the measured table of a machine (``skimtvm calibrate``) F, B and alpha are those of the layer's own shape, and t_dense
+is that of the fastest dense kernel: where Winograd's is much faster than the direct one, a layer must lose more weights
+before zeros pay.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import statistics
@@ -23,6 +28,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..calibration import Calibration, for_host
 from ..errors import InvalidOption
 from ..workload import ConvWorkload, DenseWorkload
 from .groups import ELEMENTS, Elements
@@ -42,7 +48,8 @@ DEFAULT_FLOPS, DEFAULT_BANDWIDTH, DEFAULT_BETA = 117e9, 50e9, 2.0
 class Machine:
     """``alpha``: by layer name or pattern, or by kernel (csr, bsr4, ...); layers win over kernels.
 
-    ``flops``: dense FLOP/s; ``bandwidth``: bytes a second; ``beta``: bytes of a stored weight over those of a dense one.
+    ``flops``: dense FLOP/s; ``bandwidth``: bytes a second; ``beta``: bytes of a stored weight over those of a dense one;
+    ``table``: measured, for the layers that ``alpha`` does not name.
     Raises InvalidOption for numbers that make no sense.
     """
 
@@ -50,6 +57,7 @@ class Machine:
     flops: float = DEFAULT_FLOPS
     bandwidth: float = DEFAULT_BANDWIDTH
     beta: float = DEFAULT_BETA
+    table: Calibration | None = None
 
     def __post_init__(self) -> None:
         for name, value in {**self.alpha, "flops": self.flops, "bandwidth": self.bandwidth, "beta": self.beta}.items():
@@ -59,10 +67,11 @@ class Machine:
 
     @staticmethod
     def load(source: Mapping[str, Any] | str | Path | None) -> Machine:
-        """From a mapping or JSON file: alpha by layer or kernel, plus optional flops, bandwidth and beta; or the JSON of
-        ``skimtvm bench --layers``, of which the medians count. None: the model."""
+        """From a mapping or JSON file: alpha by layer or kernel, plus optional flops, bandwidth and beta; the table of
+        ``skimtvm calibrate``; or the JSON of ``skimtvm bench --layers``, of which the medians count. None: the table of
+        this machine that comes with the package, else the built-in model."""
         if source is None:
-            return Machine()
+            return Machine(table=for_host())
         raw: Any = source
         if isinstance(source, str | Path):
             try:
@@ -71,6 +80,11 @@ class Machine:
                 raise InvalidOption(f"alpha table '{source}' cannot be read as JSON: {e}") from None
         if not isinstance(raw, Mapping):
             raise InvalidOption("alpha table: give an object of layer or kernel: alpha")
+        if isinstance(raw.get("points"), list):
+            try:
+                return Machine(table=Calibration.from_json(raw))
+            except ValueError as e:
+                raise InvalidOption(f"alpha table: the calibration cannot be used: {e}; make it again") from None
         if isinstance(raw.get("layers"), list) and "schema" in raw:
             raw = _measured(raw["layers"])
         numbers = {k: raw[k] for k in ("flops", "bandwidth", "beta") if k in raw}
@@ -78,6 +92,22 @@ class Machine:
         if not isinstance(alpha, Mapping):
             raise InvalidOption("alpha table: 'alpha' must be an object of layer or kernel: alpha")
         return Machine({**DEFAULT_ALPHA, **alpha}, **numbers)
+
+    def record(self) -> dict[str, Any]:
+        """What ``load`` makes the same machine of."""
+        if self.table is not None:
+            return json.loads(self.table.to_json())  # type: ignore[no-any-return]
+        return {k: v for k, v in dataclasses.asdict(self).items() if k != "table"}
+
+    def rates(self, layer: str, kernel: str, work: Workload) -> tuple[float, float, float, float]:
+        """(alpha, FLOP/s of the direct dense kernel, bytes a second, seconds of the fastest dense kernel) of a layer; the
+        last is 0 where it is not measured."""
+        named = layer in self.alpha or any(p not in DEFAULT_ALPHA and fnmatchcase(layer, p) for p in self.alpha)
+        alpha = self.table.alpha(kernel, work) if self.table is not None and not named else None
+        if self.table is None or alpha is None:
+            return self.alpha_of(layer, kernel), self.flops, self.bandwidth, 0.0
+        direct, fastest = self.table.dense_seconds(work)
+        return alpha, 2 * work.macs / direct, self.table.bandwidth(sum(_bytes(work))), fastest
 
     def alpha_of(self, layer: str, kernel: str = "csr") -> float:
         """Raises InvalidOption for a kernel without alpha."""
@@ -138,7 +168,7 @@ class Projection:
 class Guide:
     """Projects the layers of ``workloads`` (name -> ConvWorkload or DenseWorkload) on a machine.
 
-    ``alphas``: the measured table of this machine (see Machine.load), by default the built-in model. ``kernel``: the
+    ``alphas``: the machine (see Machine.load), by default this one. ``kernel``: the
     kernel that pruning is for (csr, bsr4, ...). ``reach``: the lowest density that training is thought to reach: a layer
     that would not be faster by ``gain`` even there is not worth it.
     """
@@ -162,19 +192,19 @@ class Guide:
         if name not in self.workloads:
             raise InvalidOption(f"layer '{name}' has no workload; there are: {', '.join(self.workloads) or 'none'}")
         work, m = self.workloads[name], self.machine
-        alpha = m.alpha_of(name, self.kernel)
+        alpha, flops, bandwidth, fastest = m.rates(name, self.kernel, work)
         activations, weights = _bytes(work)
-        compute = 2 * work.macs / m.flops
-        dense = max(compute, (activations + weights) / m.bandwidth)
+        compute = 2 * work.macs / flops
+        dense = fastest or max(compute, (activations + weights) / bandwidth)
 
         def time(x: float) -> float:
-            return max(alpha * x * compute, (activations + m.beta * x * weights) / m.bandwidth)
+            return max(alpha * x * compute, (activations + m.beta * x * weights) / bandwidth)
 
         # alpha x C / F falls below the memory's time at the ceiling; both are linear in x.
-        slope = alpha * compute - m.beta * weights / m.bandwidth
-        floor = activations / m.bandwidth
+        slope = alpha * compute - m.beta * weights / bandwidth
+        floor = activations / bandwidth
         ceiling = min(floor / slope, 1.0) if slope > 0 else 1.0
-        memory_even = (dense * m.bandwidth - activations) / (m.beta * weights)
+        memory_even = (dense * bandwidth - activations) / (m.beta * weights)
         even = min(max(min(dense / (alpha * compute), memory_even), 0.0), 1.0)
         # Where memory bounds the layer at every density, fewer weights are still fewer bytes: no ceiling then.
         target = self.reach if slope <= 0 else max(self.reach, ceiling)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from ..compiler import CompileOptions, lower_model
+from ..compiler import CompileOptions, find_calibration, lower_model
 from ..schedules.sites import AnyKnobs, Site, version
 from ..target import CpuTarget, resolve
 from .log import Key, Sparsity
@@ -61,7 +61,7 @@ def extract(source: Any, options: CompileOptions, *, threads: int = 1, dense: bo
         sites.append(site)
         return site.default(target), ""
 
-    lower_model(source, options, target, observe)
+    lower_model(source, options, target, observe, calibration=find_calibration(options, target))
     return distinct(sites, target, threads=threads, dense=dense)
 
 

@@ -114,9 +114,11 @@ class Remote(Here):
 
 
 class Bench:
-    """The kernels of one task."""
+    """The kernels of one task. ``compiled``: kernels by key, shared with other benches."""
 
-    def __init__(self, site: Any, target: Any, threads: int, options: Options) -> None:
+    def __init__(
+        self, site: Any, target: Any, threads: int, options: Options, compiled: dict[Any, Any] | None = None
+    ) -> None:
         from ..tvm_runtime import import_compiler
 
         self.tvm = import_compiler()
@@ -129,23 +131,29 @@ class Bench:
         rows = site.weight.shape[0] if site.weight.ndim == 4 else site.weight.shape[1]
         self.channels = [make(rows) for _ in range(site.epilogue.channels)]
         self.kernels: dict[int, tuple[Any, list[Any]]] = {}
+        self.names: dict[int, str] = {}
         self.expected: Any = None
+        self.compiled = {} if compiled is None else compiled
 
     def build(self, number: int, knobs: Any) -> str:
         """What is wrong with the kernel; empty if nothing is."""
         built = self.site.build(knobs, self.target)
-        executable = self.tvm.compile(built.emit().with_attr("global_symbol", "main"), target=self.target.tvm())
+        function = self.compiled.get(built.key)
+        if function is None:
+            executable = self.tvm.compile(built.emit().with_attr("global_symbol", "main"), target=self.target.tvm())
+            function = self.compiled[built.key] = self.runner.load(executable)
         constants = [self.runner.array(a) for a in built.constants]
         out = self.runner.array(np.full(self.out_size, NAN))
         args = [self.source, *constants, *self.channels, *self.residuals, out]
-        function = self.runner.load(executable)
+        if built.workspace:
+            args.append(self.runner.array(np.empty(built.workspace, np.float32)))
         function(*args)
         result = out.numpy()
         if self.expected is None:
             self.expected = result
         elif not self._agrees(result):
             return "the output differs from that of the default knobs"
-        self.kernels[number] = (function, args)
+        self.kernels[number], self.names[number] = (function, args), built.name
         return ""
 
     def _agrees(self, result: np.ndarray) -> bool:
@@ -163,17 +171,24 @@ class Bench:
         return int(np.prod(wl.out_shape)) if hasattr(wl, "out_shape") else wl.m * wl.n
 
     def time(self, numbers: list[int], rounds: int, seconds: float) -> dict[int, list[float]]:
-        samples: dict[int, list[float]] = {n: [] for n in numbers}
-        with self.runner.alone():
-            calls = {}
-            for n in numbers:
-                once = self.runner.sample(*self.kernels[n], 1)
-                calls[n] = max(1, min(int(np.ceil(seconds / max(once, 1e-7))), 10000))
-            for _ in range(rounds):
-                for n in numbers:
-                    self.runner.sample(*self.kernels[n], 1)  # caches hold what this kernel left there
-                    samples[n].append(self.runner.sample(*self.kernels[n], calls[n]))
-        return samples
+        return interleave(self.runner, {n: self.kernels[n] for n in numbers}, rounds, seconds)
+
+
+def interleave(
+    runner: Here, kernels: dict[int, tuple[Any, list[Any]]], rounds: int, seconds: float
+) -> dict[int, list[float]]:
+    """Seconds of a call in each of ``rounds``, all kernels in each; a sample lasts about ``seconds``."""
+    samples: dict[int, list[float]] = {n: [] for n in kernels}
+    with runner.alone():
+        calls = {}
+        for n, kernel in kernels.items():
+            once = runner.sample(*kernel, 1)
+            calls[n] = max(1, min(int(np.ceil(seconds / max(once, 1e-7))), 10000))
+        for _ in range(rounds):
+            for n, kernel in kernels.items():
+                runner.sample(*kernel, 1)  # caches hold what this kernel left there
+                samples[n].append(runner.sample(*kernel, calls[n]))
+    return samples
 
 
 def serve(connection: Connection) -> None:
@@ -201,6 +216,7 @@ def serve(connection: Connection) -> None:
             answer = ("times", bench.time(*request[1:]))
         else:
             bench.kernels = {n: k for n, k in bench.kernels.items() if n == 0}
+            bench.compiled.clear()
             answer = ("ready",)
         connection.send(answer)
 

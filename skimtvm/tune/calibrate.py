@@ -1,0 +1,175 @@
+"""Measures the table of ``calibration.py``: every kernel on a grid of shapes and densities, and the machine's rates."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from ..bench.machine import cpu_model, peak_gflops, read_gbs, versions
+from ..calibration import Calibration, Point, host_cpuid
+from ..kernels import Kernel, applicable
+from ..layout import Space, plane
+from ..schedules import conv2d
+from ..schedules.pointwise import Instr, Program, Slot
+from ..schedules.sites import AnySite, ConvSite, FcSite, WinogradSite, version
+from ..target import CpuTarget, resolve
+from ..tvm_runtime import import_compiler, with_threads
+from ..workload import ConvWorkload, DenseWorkload, WinogradWorkload
+from .log import now
+from .worker import Bench, Here, Options, interleave
+
+Workload = ConvWorkload | DenseWorkload
+BIAS_RELU = Program((Instr("add", ("t0", "c0")), Instr("nn.relu", ("v0",))), 1, 1)
+DENSITIES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 1.0)
+SIZES = (1 << 18, 1 << 22, 1 << 24, 1 << 26, 1 << 28)  # bytes that are read
+
+
+def _conv(c: int, k: int, size: int, taps: int) -> ConvWorkload:
+    pad = taps // 2
+    return ConvWorkload(1, c, size, size, k, taps, taps, padding=(pad,) * 4)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """``shapes`` at ``densities`` (the fraction of R x 1 blocks for block kernels); a kernel gives ``rounds`` samples of
+    ``seconds``."""
+
+    shapes: tuple[Workload, ...]
+    densities: tuple[float, ...] = DENSITIES
+    sizes: tuple[int, ...] = SIZES
+    rounds: int = 15
+    seconds: float = 0.002
+
+
+FULL = Grid(
+    (
+        *(_conv(c, c, size, 3) for c, size in ((64, 56), (128, 28), (256, 14), (512, 7), (16, 28))),
+        *(_conv(c, k, size, 1) for c, k, size in ((64, 256, 56), (256, 64, 56), (128, 512, 28), (256, 1024, 14))),
+        *(_conv(c, k, size, 1) for c, k, size in ((1024, 256, 14), (512, 2048, 7), (2048, 512, 7), (32, 64, 14))),
+        *(_conv(c, k, size, 5) for c, k, size in ((48, 128, 27), (32, 96, 14), (48, 128, 7))),
+        *(DenseWorkload(1, k, n) for k, n in ((256, 128), (512, 512), (1024, 1000), (2048, 1000), (4096, 4096))),
+        *(DenseWorkload(m, 1024, 1000) for m in (2, 4, 16)),
+    )
+)
+# Enough for every kernel to be known, in seconds: for a look, and for tests.
+QUICK = Grid(
+    (_conv(16, 16, 14, 3), _conv(32, 32, 14, 1), _conv(16, 16, 14, 5), DenseWorkload(1, 256, 128)),
+    (0.1, 0.5), (1 << 18, 1 << 24), 5, 0.0005,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """``kernel`` on ``workload`` at ``density`` of its blocks (1 for dense kernels)."""
+
+    kernel: Kernel
+    workload: Workload
+    density: float
+
+
+def cases(workload: Workload, densities: Sequence[float]) -> Iterator[Case]:
+    """Every kernel that can run a layer of this shape, the direct dense one first. A convolution stands for the native
+    Winograd layer of its shape, too."""
+    direct = applicable(workload)
+    for kernel in direct:
+        for density in densities if kernel.rows else (1.0,):
+            yield Case(kernel, workload, density)
+    for kernel in direct:
+        if kernel.winograd and isinstance(workload, ConvWorkload):
+            native = WinogradWorkload(**asdict(workload), m=kernel.winograd)
+            sparse = next(k for k in applicable(native) if k.rows)
+            for density in densities:
+                yield Case(sparse, native, density)
+
+
+def site(case: Case) -> tuple[AnySite, float]:
+    """The layer with random weights, bias and ReLU, and its density."""
+    kernel, wl, rng = case.kernel, case.workload, np.random.default_rng(0)
+
+    def weights(shape: tuple[int, ...], rows: int) -> np.ndarray:
+        """f32 whose first axis is that of output channels."""
+        keep = rng.random((-(-shape[0] // rows), *shape[1:]), np.float32) < case.density
+        keep.flat[0] = True
+        values = rng.standard_normal(shape, np.float32)
+        return values * np.repeat(keep, rows, axis=0)[: shape[0]]
+
+    rows = max(1, kernel.rows)
+    if isinstance(wl, DenseWorkload) and kernel.op == "fc":
+        weight = np.ascontiguousarray(weights((wl.n, wl.k), 1).T)
+        return FcSite(kernel.name, case.density, wl, weight, BIAS_RELU), _density(weight)
+    # A dense layer of many rows runs as a 1x1 convolution over its rows.
+    conv = ConvWorkload(1, wl.k, 1, wl.m, wl.n, 1, 1) if isinstance(wl, DenseWorkload) else wl
+    halo = conv2d.halo(conv)
+    space = Space(conv.w + max(halo.left, halo.right), conv.h + max(halo.top, halo.bottom))
+    src, dst = (plane(conv.n, channels, conv.h, conv.w, space, halo) for channels in (conv.c, conv.k))
+    slots = Slot(src, src.size), Slot(dst, dst.size)
+    m = wl.m if isinstance(wl, WinogradWorkload) else kernel.winograd
+    if m:
+        t = m + conv.kh - 1
+        weight = weights((conv.k, conv.c // conv.groups, t, t), rows)
+        return WinogradSite(m, not kernel.rows, case.density, conv, weight, *slots, BIAS_RELU), _density(weight)
+    weight = weights(conv.weight_shape, rows)
+    made = ConvSite(kernel.name, rows, case.density, conv, weight, *slots, BIAS_RELU)
+    return made, _density(weight)
+
+
+def _density(weight: np.ndarray) -> float:
+    return max(float(np.count_nonzero(weight)), 1.0) / weight.size
+
+
+def calibrate(
+    grid: Grid, options: Options, report: Callable[[str, float], None] = lambda phase, fraction: None
+) -> Calibration:
+    """Time the grid on this machine, on one thread. ``options``: as for tuning, without RPC."""
+    tvm, target = import_compiler(), resolve()
+    runner = Here(tvm, options, 1)
+
+    def run() -> tuple[float, list[tuple[float, float]], list[Point]]:
+        report("rates of the machine", 0.0)
+        with runner.alone():
+            peak = 1e9 * peak_gflops(1)
+            rates = [(float(size), 1e9 * read_gbs(1, size)) for size in grid.sizes]
+        points: list[Point] = []
+        for i, workload in enumerate(grid.shapes):
+            points += _shape(workload, grid, target, runner, partial(_at, report, i / len(grid.shapes)))
+        return peak, rates, points
+
+    peak, rates, points = with_threads(1, run)
+    report("done", 1.0)
+    names = sorted({p.family for p in points})
+    return Calibration(
+        target.mcpu, target.isa, cpu_model(), host_cpuid(), peak, tuple(rates), tuple(points),
+        {name: version(name, target) for name in names},
+        {k: v for k, v in versions().items() if k in ("skimtvm", "apache-tvm")}, now(),
+    )  # fmt: skip
+
+
+def _at(report: Callable[[str, float], None], done: float, phase: str) -> None:
+    report(phase, done)
+
+
+def _shape(workload: Workload, grid: Grid, target: CpuTarget, runner: Here, step: Callable[[str], None]) -> list[Point]:
+    """All kernels on one shape: built first, then timed in the same rounds."""
+    compiled: dict[Any, Any] = {}
+    found: list[tuple[Case, float, str, Bench]] = []
+    for case in cases(workload, grid.densities):
+        step(f"{workload}: {case.kernel.name} {case.density:g}")
+        layer, density = site(case)
+        bench = Bench(layer, target, 1, runner.options, compiled)
+        bench.build(0, layer.default(target))
+        found.append((case, density, bench.names[0], bench))
+    step(f"{workload}: measure")
+    samples = interleave(runner, {i: b.kernels[0] for i, (*_, b) in enumerate(found)}, grid.rounds, grid.seconds)
+    medians = {i: statistics.median(s) for i, s in samples.items()}
+    points = []
+    for i, (case, density, name, _) in enumerate(found):
+        low, high = (float(p) for p in np.percentile(samples[i], (10, 90)))
+        point = Point(case.kernel.name, case.kernel.op, case.workload, density, density if case.kernel.rows else 1.0,
+                      medians[i], (low, high), len(samples[i]), code=name)  # fmt: skip
+        points.append(replace(point, alpha=medians[i] / density / medians[0]) if case.kernel.rows else point)
+    return points
