@@ -65,8 +65,9 @@ class Point:
     def to_json(self) -> dict[str, Any]:
         raw = dataclasses.asdict(self)
         kind = next(name for name, cls in _TYPES.items() if type(self.workload) is cls)
-        raw["workload"] = {"type": kind, **raw["workload"]}
-        return raw
+        plain = {f.name: f.default for f in dataclasses.fields(self.workload)}
+        shape = {name: value for name, value in raw["workload"].items() if value != plain[name]}
+        return {name: v for name, v in raw.items() if v is not None} | {"workload": {"type": kind, **shape}}
 
     @staticmethod
     def from_json(raw: Mapping[str, Any]) -> Point:
@@ -110,7 +111,7 @@ class Calibration:
         """One object, a point a line."""
         raw = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "points"}
         head = json.dumps({"schema": raw.pop("schema"), **raw}, indent=1)
-        lines = ",\n  ".join(json.dumps(_rounded(p.to_json())) for p in self.points)
+        lines = ",\n  ".join(json.dumps(_rounded(p.to_json()), separators=(",", ":")) for p in self.points)
         return f'{head[:-2]},\n "points": [\n  {lines}\n ]\n}}\n'
 
     @staticmethod

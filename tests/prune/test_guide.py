@@ -37,15 +37,15 @@ def test_projection_is_the_formula():
     ("density", "words"), [(1.0, "prune to"), (0.7, "prune to"), (0.3, "prune on"), (0.005, "stop")], ids=str
 )
 def test_reasons(density, words):
-    assert Guide({"a": CONV}).project("a", density).reason.startswith(words)
+    assert Guide({"a": CONV}, Machine()).project("a", density).reason.startswith(words)
 
 
 def test_layers_without_gain_are_left():
-    plan = Guide({"slim": SLIM, "conv": CONV, "fc": FC}).plan()
+    plan = Guide({"slim": SLIM, "conv": CONV, "fc": FC}, Machine()).plan()
     assert not plan["slim"].worth and plan["slim"].target == 1 and plan["slim"].reason.startswith("leave dense")
     assert plan["conv"].worth and plan["fc"].worth
     assert plan["fc"].ceiling == 0  # bound by the bytes of its weights: every zero saves some
-    guide = Guide({"conv": CONV, "fc": FC})
+    guide = Guide({"conv": CONV, "fc": FC}, Machine())
     assert guide.network({"conv": 1.0, "fc": 1.0}) == pytest.approx(1.0)
     assert guide.network({"conv": 0.1, "fc": 0.1}) > 3
 
@@ -82,7 +82,7 @@ def test_guided_pruning_leaves_stops_and_restores():
     first = {n: w.copy() for n, w in ps.items()}
     small = prune.Rule(prune.L1(1e-3), prune.Threshold(1e-3))
     sgd = prune.SGD(ps, {"*": small}, lr=0.1)
-    guide = Guide({"stops": CONV, "restored": CONV, "goes_on": CONV, "slim": SLIM})
+    guide = Guide({"stops": CONV, "restored": CONV, "goes_on": CONV, "slim": SLIM}, Machine())
     drive = GuidedPruning(sgd.pruner, guide)
     assert list(drive.decisions) == ["slim"]
     ceiling = guide.project("stops").ceiling

@@ -57,7 +57,7 @@ def record(site: ConvSite | FcSite, target: CpuTarget | None = None, **more: Any
     return Record(**(values | more))
 
 
-def model(size: int = 14, channels: int = 32, density: float = 0.2) -> Any:
+def model(size: int = 14, channels: int = 64, density: float = 0.06) -> Any:
     """Two sparse 3x3 convolutions as onnx.ModelProto."""
     rng = np.random.default_rng(1)
     shape = (channels, channels, 3, 3)
