@@ -133,9 +133,9 @@ def test_the_readme_has_the_counts_of_the_list():
     assert f"alone passes {theirs['pass']} and gives {theirs['wrong']} wrong results" in text
 
 
-def test_a_crash_and_a_hang_cost_one_case(monkeypatch):
+def test_a_crash_and_a_hang_cost_one_case(cases, monkeypatch):
     monkeypatch.setattr(conformance, "LIMIT", 0.2)
-    sample = [c for c in conformance.cases(["node"]) if c.name in ("test_abs", "test_relu", "test_exp", "test_neg")]
+    sample = [c for c in cases if c.name in ("test_abs", "test_relu", "test_exp", "test_neg")]
 
     def run(net, batches):
         if net.graph.node[0].op_type == "Abs":
@@ -152,6 +152,19 @@ def test_a_crash_and_a_hang_cost_one_case(monkeypatch):
         "test_abs": "crash", "test_exp": "pass", "test_neg": "error", "test_relu": "crash"
     }  # fmt: skip
     assert "SIGABRT" in found["test_abs"].note and found["test_neg"].note == "ValueError: not meant"
+
+
+def test_a_result_of_another_shape_type_or_value_is_wrong(cases):
+    (case,) = [c for c in cases if c.name == "test_reduce_sum_default_axes_keepdims_random"]
+    want = case.data[0][1][0]
+
+    def outcome(*outputs):
+        return conformance.judge(case, lambda *_: [outputs], (UnsupportedModel,)).status
+
+    assert outcome(want) == "pass"
+    others = [want.reshape(()), want.reshape(1), want.astype(np.float64), want + 1, np.full_like(want, np.nan)]
+    assert [outcome(other) for other in others] == ["wrong"] * 5
+    assert outcome() == outcome(want, want) == "wrong"
 
 
 def test_the_command_prints_outcomes():

@@ -1,7 +1,6 @@
 """What must hold whatever is fed: each check takes a source of randomness and raises if it does not hold.
 
-A check may be called in a process of its own by ``survives``, which also notices a crash, endless work and memory
-without bound.
+``outcomes`` runs a check in another process, and so also notices a crash, endless work and memory without bound.
 """
 
 from __future__ import annotations
@@ -246,31 +245,39 @@ CHECKS = (
 )
 
 
-def _child(check, seed: int, pipe) -> None:
+def _child(check, seeds, pipe) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    signal.setitimer(signal.ITIMER_PROF, SECONDS)
-    try:
-        check(Random(seed))
-        pipe.send("")
-    except BaseException:
-        pipe.send(traceback.format_exc(limit=-3))
+    for seed in seeds:
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
+        try:
+            check(Random(seed))
+            pipe.send("")
+        except BaseException:
+            pipe.send(traceback.format_exc(limit=-3))
 
 
-def survives(check, seed: int) -> str:
-    """Run ``check`` with ``seed`` in a process of its own: "" or what went wrong."""
+def outcomes(check, first: int, count: int):
+    """For each of ``count`` seeds from ``first`` on: "" or what went wrong with ``check``. A process of its own runs
+    them, and a new one goes on where it ended."""
     context = multiprocessing.get_context("fork")
-    here, there = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(check, seed, there))
-    process.start()
-    there.close()
-    try:
-        outcome = here.recv()
-    except EOFError:
-        outcome = None
-    process.join()
-    if outcome is not None:
-        return outcome
-    code = process.exitcode
-    name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-    return f"no result in {SECONDS} s" if name == "SIGPROF" else f"the process ended by {name}"
+    seed = first
+    while seed < first + count:
+        here, there = context.Pipe(duplex=False)
+        process = context.Process(target=_child, args=(check, range(seed, first + count), there))
+        process.start()
+        there.close()
+        try:
+            while seed < first + count:
+                outcome = here.recv()
+                seed += 1
+                yield outcome
+        except EOFError:
+            process.join()
+            code = process.exitcode
+            name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+            seed += 1
+            yield f"no result in {SECONDS} s" if name == "SIGPROF" else f"the process ended by {name}"
+        finally:
+            here.close()
+            process.join()

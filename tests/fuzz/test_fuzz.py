@@ -7,6 +7,7 @@ becomes a test of the module that it was found in.
 from __future__ import annotations
 
 import os
+import signal
 import time
 from random import Random
 
@@ -69,15 +70,31 @@ def test_random_graphs_agree_with_onnx_runtime():
 @pytest.mark.timeout(0)
 @pytest.mark.parametrize("check", checks.CHECKS, ids=lambda c: c.__name__)
 def test_survives(check):
-    """Every check with many seeds, from SKIMTVM_FUZZ_SEED on, each in a process of its own, for its part of the time."""
+    """Every check with many seeds, from SKIMTVM_FUZZ_SEED on, in other processes, for its part of the time."""
     budget = float(os.environ.get("SKIMTVM_FUZZ_SECONDS", "80")) / len(checks.CHECKS)
-    seed = int(os.environ.get("SKIMTVM_FUZZ_SEED", "1000"))
+    first = seed = int(os.environ.get("SKIMTVM_FUZZ_SEED", "1000"))
     import skimtvm.compiler  # noqa: F401  once, not in every child
 
-    failures, end, count = [], time.monotonic() + budget, 0
+    failures, end = [], time.monotonic() + budget
     while time.monotonic() < end and len(failures) < 5:
-        if found := checks.survives(check, seed):
-            failures.append(f"{check.__name__}(Random({seed})): {found}")
-        seed, count = seed + 1, count + 1
-    print(f"{check.__name__}: {count} seeds")
-    assert count and not failures, "\n".join(failures)
+        for found in checks.outcomes(check, seed, 10):
+            if found:
+                failures.append(f"{check.__name__}(Random({seed})): {found}")
+            seed += 1
+    print(f"{check.__name__}: {seed - first} seeds")
+    assert seed > first and not failures, "\n".join(failures)
+
+
+def test_a_crash_and_a_failure_are_outcomes_of_their_seed():
+    fourth, sixth = Random(4).random(), Random(6).random()
+
+    def check(rnd):
+        value = rnd.random()
+        if value == fourth:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if value == sixth:
+            raise ValueError("six")
+
+    found = list(checks.outcomes(check, 3, 5))
+    assert [bool(f) for f in found] == [False, True, False, True, False]
+    assert "SIGKILL" in found[1] and "ValueError: six" in found[3]
