@@ -7,7 +7,9 @@ import socket
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -130,6 +132,8 @@ class _Worker:
         if self.connection is not None:
             self.connection.close()
         if self.process is not None:
+            if self.options.tracker:  # TVM's server does not survive a session that breaks off
+                self._reap()
             if self.process.poll() is None:
                 self.process.kill()
             self.process.wait()
@@ -137,7 +141,7 @@ class _Worker:
 
 
 class Measurer:
-    """``workers`` processes that share out the candidates of a batch (one here; as many as servers through RPC)."""
+    """``workers`` processes: one here; as many as there are servers through RPC, which share out the candidates."""
 
     def __init__(
         self, options: Options, protocol: Protocol, *, threads: int = 1, workers: int = 1, cpus: Sequence[int] = ()
@@ -161,22 +165,40 @@ class Measurer:
         """One outcome a candidate, each against the default knobs in the same rounds. A candidate that crashes or hangs
         fails alone."""
         protocol = protocol or self.protocol
-        if len(self.workers) == 1:
+        tracker, key = self.workers[0].options.tracker, self.workers[0].options.rpc_key
+        if tracker is None:
             return _measure(self.workers[0], task, candidates, protocol)
-        shares = [list(candidates[i :: len(self.workers)]) for i in range(len(self.workers))]
-        with ThreadPoolExecutor(len(self.workers)) as pool:
-            parts = list(pool.map(lambda w, s: _one_by_one(w, task, s, protocol), self.workers, shares))
-        found = {
-            id(knobs): o
-            for share, part in zip(shares, parts, strict=True)
-            for knobs, o in zip(share, part, strict=True)
-        }
-        return [found[id(knobs)] for knobs in candidates]
+        return self._share_out(task, candidates, protocol, lambda: servers(tracker, key))
 
+    def _share_out(
+        self, task: Task, candidates: Sequence[AnyKnobs], protocol: Protocol, known: Callable[[], int]
+    ) -> list[Outcome]:
+        """One candidate after the other to whichever worker is free: a server that goes away takes one trial along, and
+        the others do the rest. ``known``: how many servers there are; raises EnvironmentProblem without any."""
+        queue = deque(enumerate(candidates))
+        found: dict[int, Outcome] = {}
+        active = self.workers[: known()]
+        for spare in self.workers[len(active) :]:
+            spare.close()
+        lock = threading.Lock()
 
-def _one_by_one(worker: _Worker, task: Task, candidates: Sequence[AnyKnobs], protocol: Protocol) -> list[Outcome]:
-    """For servers that may go away: what is lost then is one trial."""
-    return [outcome for knobs in candidates for outcome in _measure(worker, task, [knobs], protocol)]
+        def work(worker: _Worker) -> None:
+            while True:
+                with lock:
+                    if not queue:
+                        return
+                    i, knobs = queue.popleft()
+                found[i] = _measure(worker, task, [knobs], protocol)[0]
+                if found[i].error and worker.process is None:
+                    with lock:
+                        if known() < len(active):  # nobody is left to ask; the tracker would let this one wait
+                            active.remove(worker)
+                            return
+
+        with ThreadPoolExecutor(len(active)) as pool:
+            for done in [pool.submit(work, w) for w in list(active)]:
+                done.result()
+        return [found[i] for i in range(len(candidates))]
 
 
 def _measure(worker: _Worker, task: Task, candidates: Sequence[AnyKnobs], protocol: Protocol) -> list[Outcome]:
@@ -199,7 +221,8 @@ def _measure(worker: _Worker, task: Task, candidates: Sequence[AnyKnobs], protoc
             except WorkerGone as e:
                 errors[n] = str(e)
                 worker.close()
-                restore()
+                if len(knobs) > 2:
+                    restore()
             if not errors[n]:
                 alive.append(n)
     except WorkerGone as e:  # even the default: no worker, or no server, at all
@@ -207,10 +230,12 @@ def _measure(worker: _Worker, task: Task, candidates: Sequence[AnyKnobs], protoc
         return [Outcome(k, error=errors.get(n) or str(e)) for n, k in enumerate(candidates, 1)]
     samples: dict[int, dict[int, list[float]]] = {}
     try:
-        together = worker.time([0, *alive], protocol.rounds, protocol.seconds)
+        together = worker.time([0, *alive], protocol.rounds, protocol.seconds) if alive else {}
         samples = {n: {0: together[0], n: together[n]} for n in alive}
-    except WorkerGone:
-        for n in list(alive):  # who it was shows when each runs alone
+    except WorkerGone as e:
+        if len(alive) == 1:
+            errors[alive[0]] = str(e)
+        for n in alive if len(alive) > 1 else ():  # who it was shows when each runs alone
             worker.close()
             try:
                 worker.load(task, default, protocol)
