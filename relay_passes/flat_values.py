@@ -34,6 +34,7 @@ class FlatValues:
         kept = {gv: f for gv, f in functions if gv.name_hint != "main" and not (f.attrs and "skim.kind" in f.attrs)}
         self.bb = relax.BlockBuilder(tvm.IRModule(kept))
         self.calls: list[tuple[str, LayerRecord]] = []
+        self.records: dict[Key, LayerRecord] = {}  # of the kernels that wrote a value
         self.buffers: dict[Key, Any] = {}  # root -> newest version of its flat buffer
         self.ready: set[Key] = set()  # values that their root's buffer holds
         self.tensors: dict[Any, Any] = {}  # value -> ordinary tensor
@@ -130,9 +131,9 @@ class FlatValues:
         else:
             inplace = [len(args), -1] if workspace else [len(args)]
             call = relax.op.call_tir_inplace(gv, [*args, out], inplace_indices=inplace, out_ty=types)
-        self.calls.append(
-            (gv.name_hint, dataclasses.replace(record, kernel=record.kernel or name, symbol=gv.name_hint))
-        )
+        if not record.symbol:
+            record = dataclasses.replace(record, kernel=record.kernel or name, symbol=gv.name_hint)
+        self.calls.append((gv.name_hint, record))
         result = self.bb.emit(call)
         return self.bb.emit(relax.TupleGetItem(result, 0)) if workspace else result
 
@@ -146,16 +147,16 @@ class FlatValues:
         record: LayerRecord,
         workspace: int = 0,
     ) -> None:
-        """Call a kernel whose result is ``key``, into its own buffer or into a slice of its root's."""
+        """Call a kernel whose result is ``key``, into its own buffer or into a slice of its root's; called again, for
+        another band of rows, it goes on in the same buffer."""
         place = self.plan.places[key]
         size = place.root_layout.size
-        if place.root == key:
-            self.buffers[key] = self._call(cache, name, make, args, size, record, workspace=workspace)
-        else:
-            if place.root not in self.buffers:
-                self.buffers[place.root] = self._allocate(size)
-            old = self.buffers[place.root]
-            self.buffers[place.root] = self._call(cache, name, make, args, size, record, out=old, workspace=workspace)
+        if place.root != key and place.root not in self.buffers:
+            self.buffers[place.root] = self._allocate(size)
+        old = self.buffers.get(place.root)
+        record = self.records.get(key, record)
+        self.buffers[place.root] = self._call(cache, name, make, args, size, record, out=old, workspace=workspace)
+        self.records[key] = self.calls[-1][1]
         self.ready.add(key)
 
     def _allocate(self, size: int) -> Any:

@@ -24,10 +24,11 @@ from ..report import LayerRecord
 from ..schedules import conv2d as conv
 from ..schedules import interleaved, moves
 from ..schedules.pointwise import Slot, emit_pointwise
-from ..schedules.sites import AnyKnobs, ConvSite, FcSite, Site, WinogradSite
+from ..schedules.sites import AnyKnobs, Built, ConvSite, FcSite, Site, WinogradSite
 from ..target import CpuTarget
 from ..workload import WinogradWorkload
 from ._utils import Graph, shape_of, substitute, tensor_leaves
+from .bands import BandOrder, Move, Step, taps
 from .flat_values import FlatValues, text
 from .layers import Layer
 from .nodes import Node, classify, nchw
@@ -56,8 +57,12 @@ class LowerLayers:
         if graph is None:
             return mod
         nodes = classify(graph, FEW_ROWS)
-        self.plan = Plan(nodes, list(graph.func.params), self.interleave)
-        lowering = _Lowering(self.knobs, graph, nodes, self.plan, self.target, self.choices)
+        bands = None
+        if self.interleave > 1:
+            reads = lambda n: [*n.inputs, *n.args, *tensor_leaves(graph.defs[n.var])]
+            bands = BandOrder(nodes, self.interleave, self.target.l2_bytes, reads, tensor_leaves(graph.result))
+        self.plan = Plan(nodes, list(graph.func.params), self.interleave, bands.windows if bands else None)
+        lowering = _Lowering(self.knobs, bands, graph, nodes, self.plan, self.target, self.choices)
         out = lowering.run()
         self.calls = lowering.calls
         return out
@@ -66,9 +71,12 @@ class LowerLayers:
 class _Lowering(FlatValues):
     """Emits the calls of each kind of node."""
 
-    def __init__(self, knobs: KnobSource, *values: Any) -> None:
+    def __init__(self, knobs: KnobSource, bands: BandOrder | None, *values: Any) -> None:
         super().__init__(*values)
-        self.knobs = knobs
+        self.knobs, self.bands = knobs, bands
+        self.built: dict[Any, tuple[Built, list[Any], LayerRecord]] = {}  # convolutions, for all their bands
+        self.step: Step | None = None  # the band that is being emitted, in interleaved layouts
+        self.slides: dict[Any, LayerRecord] = {}
 
     # -- the module ------------------------------------------------------------------------------------------------
     def run(self) -> tvm.IRModule:
@@ -77,14 +85,31 @@ class _Lowering(FlatValues):
             self.tensors[p] = p
         with self.bb.function("main", list(func.params), attrs=dict(func.attrs or {})):
             with self.bb.dataflow():
-                for n in self.nodes:
-                    getattr(self, f"_lower_{n.kind}")(n)
+                self._lower_nodes()
                 leaves = list(dict.fromkeys(tensor_leaves(self.graph.result)))
                 mapping = {leaf: self.tensor(leaf) for leaf in leaves}
                 out = self.bb.emit_output(substitute(self.graph.result, mapping))
             self.bb.emit_func_output(out)
         mod = self.bb.get()
         return mod.with_attrs(self.graph.mod.attrs) if self.graph.mod.attrs else mod
+
+    def _lower_nodes(self) -> None:
+        for item in self.bands.order if self.bands else self.nodes:
+            self.step = item if isinstance(item, Step) else None
+            n = item.node if isinstance(item, Step) else item
+            for move in self.step.moves if self.step else ():
+                self._slide(move)
+            getattr(self, f"_lower_{n.kind}")(n)
+
+    def _slide(self, move: Move) -> None:
+        slot = self._slot(self.plan.places[move.var])
+        args = [self._const(np.array([move.source, move.goal, move.rows], np.int32))]
+        record = LayerRecord(self.name_of[move.var], "slide", text(slot))
+        record = self.slides.setdefault(move.var, record)
+        make = lambda: interleaved.emit_slide(slot)
+        old = self.buffers[move.var]
+        self.buffers[move.var] = self._call(("slide", slot), "f32_slide", make, args, slot.size, record, out=old)
+        self.slides[move.var] = self.calls[-1][1]
 
     # -- layers ------------------------------------------------------------------------------------------------------
     def _lower_skip(self, n: Node) -> None:
@@ -98,6 +123,19 @@ class _Lowering(FlatValues):
     def _lower_view(self, n: Node) -> None:
         self.flat(n.inputs[0])
         self.ready.add(n.var)
+
+    def _band(self, n: Node) -> list[Any]:
+        """The argument of kernels that compute a band of rows (``interleaved.Band``)."""
+        if self.step is None:
+            return []
+        values, step = [self.step.first, self.step.rows], self.step
+        image, row = divmod(step.first, nchw(n.var)[2])
+        for k, var in enumerate([*n.inputs, n.var]):
+            if var in step.at:
+                lay = self.plan.places[var].layout
+                stride = 1 if k == len(n.inputs) else taps(n, k).stride
+                values.append(step.at[var] - image * (lay.n_pitch // lay.row_pitch) - row * stride)
+        return [self._const(np.array(values, np.int32))]
 
     def _choice(self, layer: Layer) -> Choice:
         return self.choices[layer.name]
@@ -122,7 +160,7 @@ class _Lowering(FlatValues):
         return out
 
     def _lower_conv2d(self, n: Node) -> None:
-        layer, wl, target = n.layer, n.workload, self.target
+        layer, wl = n.layer, n.workload
         assert layer is not None and layer.weight is not None
         channels: tuple[int, ...] | None = None
         choice = self._choice(layer)
@@ -142,20 +180,33 @@ class _Lowering(FlatValues):
             buffer, src = self._phases(x, phases, self.name_of[n.var])
         dst = self._slot(self.plan.places[n.var])
         residuals = [self._contiguous(t) for t in n.inputs[1:]]
+        if n.var not in self.built:
+            self.built[n.var] = self._conv_kernel(n, src, dst, tuple(s for _, s in residuals), channels)
+        kernel, constants, record = self.built[n.var]
+        args = [buffer, *constants, *self._band(n), *self._channel_args(n), *(b for b, _ in residuals)]
+        self._write(n.var, kernel.key, kernel.name, kernel.emit, args, record)
+
+    def _conv_kernel(
+        self, n: Node, src: Slot, dst: Slot, residuals: tuple[Slot, ...], channels: tuple[int, ...] | None
+    ) -> tuple[Built, list[Any], LayerRecord]:
+        """The kernel of a convolution, its constants without a band, and its record."""
+        layer, wl = n.layer, n.workload
+        assert layer is not None and layer.weight is not None
+        choice = self._choice(layer)
         weight = layer.weight if layer.weight.ndim == 4 else np.ascontiguousarray(layer.weight.T)[:, :, None, None]
         op = "dense" if layer.kind == "dense" else "depthwise_conv2d" if wl.groups == wl.c > 1 else "conv2d"
         site = ConvSite(
             choice.kernel, choice.rows, choice.stored, wl, weight, src, dst, layer.program,
-            tuple(s for _, s in residuals), channels, op, self.name_of[n.var],
+            residuals, channels, op, self.name_of[n.var],
         )  # fmt: skip
         knobs, origin = self.knobs(site)
-        kernel = site.build(knobs, target)
-        args = [buffer, *(self._const(a) for a in kernel.constants), *self._channel_args(n), *(b for b, _ in residuals)]
+        kernel = site.build(knobs, self.target)
         record = self._record(
             n, op, kernel=kernel.name, reason=choice.reason, macs=wl.macs, nnz=int(np.count_nonzero(weight)),
             weights=weight.size, stored_bytes=kernel.stored_bytes, knobs=origin,
         )  # fmt: skip
-        self._write(n.var, kernel.key, kernel.name, kernel.emit, args, record)
+        arrays = kernel.constants[:-1] if self.plan.interleave > 1 else kernel.constants
+        return kernel, [self._const(a) for a in arrays], record
 
     def _lower_winograd(self, n: Node, choice: Choice) -> None:
         layer, wl, target, m = n.layer, n.workload, self.target, choice.winograd
@@ -219,7 +270,7 @@ class _Lowering(FlatValues):
             self.bb.emit(relax.op.reshape(self.tensor(n.args[g]), (s,)))
             for g, s in zip(layer.gates, sizes, strict=True)
         ]
-        args = [*(b for b, _ in pairs), *self._channel_args(n), *gates]
+        args = [*(b for b, _ in pairs), *self._channel_args(n), *gates, *self._band(n)]
         key = ("pointwise", layer.program, slots, dst)
         name = f"f32_pointwise_{target.isa}"
         if dst.layout.interleave > 1:
@@ -232,7 +283,7 @@ class _Lowering(FlatValues):
         """Kernels with one source and one destination, and constant tables between them."""
         buffer, src = self._contiguous(n.inputs[0])
         dst = self._slot(self.plan.places[n.var])
-        name, args = f"f32_{op}_{self.target.isa}", [buffer, *(self._const(t) for t in tables)]
+        name, args = f"f32_{op}_{self.target.isa}", [buffer, *(self._const(t) for t in tables), *self._band(n)]
         self._write(n.var, (op, n.workload, src, dst), name, lambda: emit(src, dst), args, self._record(n, op))
 
     def _lower_pool(self, n: Node) -> None:

@@ -12,11 +12,14 @@ their producers can.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ..layout import Halo, Layout, Phases, Space, interleaved, natural, plane
 from ..schedules import conv2d as conv
+from ..schedules.interleaved import can_pool
+from .bands import BANDED
 from .nodes import Node, nchw
 
 Key = Any  # a relax.Var, or (relax.Var, Phases)
@@ -56,7 +59,7 @@ class _Union:
 WRITERS = frozenset(("conv2d", "pointwise", "pool", "resize", "lrn", "concat"))  # kernels that can write into a slice
 
 
-INTERLEAVABLE = frozenset(("conv2d", "pointwise", "concat", "view", "mean", "fc", "skip", "opaque"))
+INTERLEAVABLE = frozenset(("conv2d", "pointwise", "pool", "concat", "view", "mean", "fc", "skip", "opaque"))
 
 
 def may_interleave(nodes: list[Node], images: int) -> bool:
@@ -66,7 +69,7 @@ def may_interleave(nodes: list[Node], images: int) -> bool:
     return (
         bool(convs)
         and all(n.workload.n % images == 0 for n in convs)
-        and all(n.kind in INTERLEAVABLE for n in nodes)
+        and all(n.kind in INTERLEAVABLE and (n.kind != "pool" or can_pool(n.workload)) for n in nodes)
         and not gates
     )
 
@@ -74,8 +77,11 @@ def may_interleave(nodes: list[Node], images: int) -> bool:
 class Plan:
     """Places of all flat values; ``place(key)`` is None for opaque values that nothing reads in flat form."""
 
-    def __init__(self, nodes: list[Node], params: list[Any], interleave: int = 1) -> None:
-        self.interleave = interleave
+    def __init__(
+        self, nodes: list[Node], params: list[Any], interleave: int = 1, windows: Mapping[Key, int] | None = None
+    ) -> None:
+        """``windows``: rows of the buffers of values that keep only some of theirs, in interleaved layouts."""
+        self.interleave, self.windows = interleave, windows or {}
         self.nodes = {n.var: n for n in nodes}
         self.params = params
         self.spaces = _Union()
@@ -85,13 +91,13 @@ class Plan:
         self.slices: dict[Key, tuple[Key, int]] = {}  # part -> (concatenation, first channel)
         self.views: dict[Key, tuple[Key, tuple[int, ...]]] = {}
         self.phase_keys: dict[tuple[Any, Phases], Key] = {}
-        convs = []
         for n in nodes:
             getattr(self, f"_visit_{n.kind}", lambda node: None)(n)
+        for n in nodes:
             if n.kind == "conv2d":
-                convs.append(n)
-        for n in convs:
-            self.plane_spaces.add(self.spaces.find(n.var))
+                self.plane_spaces.add(self.spaces.find(n.var))
+            elif n.kind in BANDED and interleave > 1:  # interleaved kernels have nothing else on either side
+                self.plane_spaces |= {self.spaces.find(v) for v in (n.var, *n.inputs)}
         self.places = self._place()
 
     def place(self, key: Key) -> Place | None:
@@ -184,7 +190,7 @@ class Plan:
         for root in dict.fromkeys(r for r, _ in owners.values()):
             space_key = self.spaces.find(root)
             if space_key in self.plane_spaces and self.interleave > 1:
-                roots[root] = interleaved(*self.shapes[root], halos[root], self.interleave)
+                roots[root] = interleaved(*self.shapes[root], halos[root], self.interleave, self.windows.get(root, 0))
             elif space_key in self.plane_spaces:
                 roots[root] = plane(*self.shapes[root], spaces[space_key], halos[root])
             else:

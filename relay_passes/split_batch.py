@@ -31,7 +31,7 @@ from .plan_layouts import may_interleave
 FLOPS = 100e9  # multiply-adds count twice; a core at about 85% of its peak
 WEIGHT_BANDWIDTH = 25e9  # bytes a second, streaming from memory
 ACTIVATION_BANDWIDTH = 8e9  # the same for the strided tiles of activations that leave the cache (TLB misses included)
-STREAM_BANDWIDTH = 40e9  # for interleaved activations, whose tiles are contiguous
+STREAM_BANDWIDTH = 200e9  # for interleaved activations, most of which stay in windows (``bands.py``)
 COPY_BANDWIDTH = 20e9
 INTERLEAVED = {False: 0.88, True: 0.77}  # time of a layer against planes: (dense and blocks, CSR)
 
@@ -39,11 +39,12 @@ INTERLEAVED = {False: 0.88, True: 0.77}  # time of a layer against planes: (dens
 @dataclass(frozen=True)
 class Cut:
     """``index``: values before it, in graph order, run image by image; ``interleave``: images that share a vector behind it
-    (1: planes); ``reason``: one line."""
+    (1: planes); ``reason``: one line; ``seconds``: what the model expects, an image."""
 
     index: int
     interleave: int
     reason: str
+    seconds: float = 0.0
 
 
 def compare(single: Graph, batched: Graph, batch: int) -> str:
@@ -119,8 +120,8 @@ def find_cut(single: Graph, batched: Graph, batch: int, choices: Mapping[str, Ch
     cache = 4.0 * target.l2_bytes  # what a core may expect to keep of the last level
     costs = [_cost(single, var, batch, choices, cache) for var in order]
     nodes = classify(batched, FEW_ROWS)
-    best, least = Cut(0, 1, "the whole batch at once"), sum(c.planes for c in costs)
-    whole = least
+    whole = least = sum(c.planes for c in costs)
+    best = Cut(0, 1, "the whole batch at once", whole)
     for i in range(len(order) + 1):  # cut before value i
         var = order[i - 1] if i else None
         if var is not None:
@@ -138,7 +139,7 @@ def find_cut(single: Graph, batched: Graph, batch: int, choices: Mapping[str, Ch
                 least = done + copies + rest
                 where = f"image by image up to {var.name}" if var is not None else "the whole batch at once"
                 how = f", then {interleave} images in the lanes of a vector" if interleave > 1 else ""
-                best = Cut(i, interleave, f"{where}{how}, saves {1e3 * (whole - least) * batch:.1f} ms (model)")
+                best = Cut(i, interleave, f"{where}{how}, saves {1e3 * (whole - least) * batch:.1f} ms (model)", least)
     return best
 
 

@@ -23,6 +23,7 @@ def verify_lowered(
         waiting[symbol].append(record)
     records: list[LayerRecord] = []
     order: list[int] = []
+    index: dict[int, int] = {}  # of records, by identity: the bands of a layer share one
     aliases = {"reshape", "memory.view"}
     for block in mod["main"].body.blocks:
         for binding in block.bindings:
@@ -36,8 +37,10 @@ def verify_lowered(
                 if not (func.attrs and func.attrs.get("tirx.is_scheduled")):
                     raise InternalError(f"function {symbol} has no schedule; please report this bug")
                 record = waiting[symbol].popleft() if waiting[symbol] else _other(symbol, value)
-                order.append(len(records))
-                records.append(record)
+                if id(record) not in index:
+                    index[id(record)] = len(records)
+                    records.append(record)
+                order.append(index[id(record)])
             elif name not in aliases:
                 raise InternalError(f"operator {name} was not lowered; please report this bug")
     lost = [symbol for symbol, queue in waiting.items() if queue]

@@ -56,7 +56,7 @@ class AcrossBody(Body):
             first = load(self.consts[self.bias], row + k, width) if self.bias else zero
             for p in range(pixels):
                 put(a, p * width, width, first)
-        base = B.bind(gemm.src.base + q.at(gemm.src) + B.floordiv(row, gemm.group_rows) * gemm.group_step)
+        base = B.bind(gemm.src.base + q.at(0) + B.floordiv(row, gemm.group_rows) * gemm.group_step)
         skip = B.bind(g * run.columns)
         # This segment's share of the next row group's weights, which come from memory while these are in L2.
         ahead = B.bind((skip + run.columns) * run.rows + number * (run.columns * run.rows // self.segments))
@@ -80,7 +80,7 @@ class AcrossBody(Body):
             operands = {"t0": value}
             operands |= {name: broadcast(b[row + i], lanes) for name, b in self.consts.items() if name != self.bias}
             for j, (slot, buffer) in enumerate(self.tensors):
-                at = slot.base + (row + i) * slot.layout.c_pitch + q.at(slot)
+                at = slot.base + (row + i) * slot.layout.c_pitch + q.at(j + 1)
                 operands[f"t{j + 1}"] = vector(buffer, at, lanes, mask)
-            at = gemm.dst.base + (row + i) * gemm.dst.layout.c_pitch + q.at(gemm.dst)
+            at = gemm.dst.base + (row + i) * gemm.dst.layout.c_pitch + q.at(-1)
             store(self.out, self.epilogue.evaluate(operands, lanes), at, lanes, mask)

@@ -15,6 +15,7 @@ from ..target import CpuTarget
 from ..workload import ConvWorkload
 from . import knobs as knobs_model
 from .gather_gemm import Gemm, Knobs, RowRun
+from .interleaved import whole_band
 from .pointwise import Program, Slot
 
 Array = npt.NDArray[np.float32] | npt.NDArray[np.int32]
@@ -98,7 +99,8 @@ def default_knobs(
 
 @dataclass(frozen=True, eq=False)
 class ConvKernel:
-    """A kernel and its constant arguments, in the order of the PrimFunc: src, ``constants``, residuals, out."""
+    """A kernel and its constant arguments, in the order of the PrimFunc: src, ``constants``, residuals, out. In interleaved
+    layouts, which have no mask, the band comes last."""
 
     gemm: Gemm
     constants: tuple[Array, ...]
@@ -138,7 +140,6 @@ def build(
     knobs: Knobs,
     *,
     epilogue: Program | None = None,
-    channel_consts: Sequence[npt.NDArray[np.float32]] = (),
     tensors: tuple[Slot, ...] = (),
     channels: Sequence[int] | None = None,
 ) -> ConvKernel:
@@ -183,7 +184,8 @@ def build(
         constants += [address[column], data]
     stored = sum(a.nbytes for a in constants)
     constants.append(np.concatenate([_cuts(m, knobs.chunks) for m in matrices]))
+    if gemm.interleaved:
+        constants.append(whole_band(gemm.slots))
     if gemm.masked:
         constants.append(pixel_mask(dst, gemm.vectors * knobs.lanes))
-    constants += [np.ascontiguousarray(a, np.float32) for a in channel_consts]
     return ConvKernel(gemm, tuple(constants), stored)

@@ -12,7 +12,8 @@ template because the accumulators, data-dependent bounds and fused epilogue have
 primitives keep in registers.
 
 In an interleaved layout (``layout.py``) a vector is one pixel of 16 images instead of 16 positions, and tiles are cut from
-rows, so that source and destination need not agree on pitches and strides need no phase planes.
+rows, so that source and destination need not agree on pitches and strides need no phase planes; a call computes a band
+of rows (``relay_passes/bands.py``).
 
 Loops (one code variant for each run of row groups and for full and last tiles)::
 
@@ -42,7 +43,7 @@ from tvm.script.ir_builder import tirx as B
 
 from ..layout import LINE, Layout
 from .emit import broadcast, fetch, finish, kernel_attrs, loop, store, vector, zeros
-from .interleaved import zero_halo
+from .interleaved import Band
 from .pointwise import Program, Slot, split_bias
 
 # Weights stream through once a tile. The hardware prefetcher stops at the end of every 4 KB page, so they are fetched
@@ -98,6 +99,11 @@ class Gemm:
     tensors: tuple[Slot, ...] = ()  # t1, t2, ...: residuals
     strides: tuple[int, int] = (1, 1)  # of source pixels, in interleaved layouts
     below: int = 0  # rows of the source that the taps reach below a pixel, in interleaved layouts
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        """Source, residuals, output."""
+        return self.src, *self.tensors, self.dst
 
     @property
     def interleaved(self) -> bool:
@@ -173,15 +179,17 @@ def span(low: Any, high: Any) -> Iterator[Any]:
 class Tile:
     """Where a tile of vectors lies in each tensor. ``first``: its first vector in row ``row``."""
 
-    def __init__(self, gemm: Gemm, row: Any, first: Any) -> None:
-        self.gemm, self.row, self.first = gemm, row, first
-        self.known: dict[tuple[Layout, tuple[int, int]], Any] = {}
+    def __init__(self, gemm: Gemm, row: Any, first: Any, band: Band | None = None) -> None:
+        self.gemm, self.row, self.first, self.band = gemm, row, first, band
+        self.known: dict[tuple[Layout, tuple[int, int], int], Any] = {}
 
-    def at(self, slot: Slot, strides: tuple[int, int] = (1, 1)) -> Any:
-        """Floats from the first pixel of a channel to the first vector."""
-        key = slot.layout, strides
+    def at(self, index: int, strides: tuple[int, int] = (1, 1)) -> Any:
+        """Floats from the first pixel of a channel to the first vector, in the source (0), a residual or the output (-1)."""
+        layout = self.gemm.slots[index].layout
+        key = layout, strides, index if layout.window else 0
         if key not in self.known:
-            self.known[key] = B.bind(self._at(slot.layout, strides))
+            shift = self.band.shift(index) if self.band is not None else 0
+            self.known[key] = B.bind(self._at(layout, strides) + shift)
         return self.known[key]
 
     def _at(self, lay: Layout, strides: tuple[int, int]) -> Any:
@@ -205,6 +213,7 @@ class Body:
         self.src = B.arg("src", B.Buffer((gemm.src.size,), "float32"))
         self.runs = [Run(i, run, gemm.knobs.dense) for i, run in enumerate(gemm.runs)]
         self.cut = B.arg("cut", B.Buffer((len(gemm.runs) * (gemm.knobs.chunks + 1),), "int32"))
+        self.band = Band(gemm.slots) if gemm.interleaved else None
         self.mask = None
         if gemm.masked:
             self.mask = B.arg("mask", B.Buffer((gemm.vectors * self.lanes,), "int32"))
@@ -216,11 +225,13 @@ class Body:
     def emit(self) -> None:
         chunks, tile_runs = self.gemm.knobs.chunks, self.gemm.tiles()
         total = sum(count for _, count, _ in tile_runs)
-        if self.gemm.interleaved and self.gemm.dst.layout.zero_halo:
-            zero_halo(self.out, self.gemm.dst)
-        with B.parallel(0, self.gemm.rows * total * chunks) as i:
+        rows: Any = self.gemm.rows
+        if self.band is not None:
+            self.band.start(self.out)
+            rows = self.band.rows
+        with B.parallel(0, rows * total * chunks) as i:
             chunk = B.bind(i % chunks)
-            row = B.bind(i // (chunks * total)) if self.gemm.interleaved else 0
+            row = B.bind(self.band.first + i // (chunks * total)) if self.band is not None else 0
             tile = B.bind(i // chunks % total if self.gemm.interleaved else i // chunks)
             if len(tile_runs) == 1:
                 self._tile(row, tile, chunk, tile_runs[0], 0, total)
@@ -234,7 +245,7 @@ class Body:
     def _tile(self, row: Any, tile: Any, chunk: Any, tiles: tuple[int, int, int], first_tile: int, total: int) -> None:
         """All row groups of ``chunk`` on one tile of positions."""
         first_vector, count, vectors = tiles
-        q = Tile(self.gemm, row, B.bind(first_vector + (tile - first_tile) * vectors))
+        q = Tile(self.gemm, row, B.bind(first_vector + (tile - first_tile) * vectors), self.band)
         edges = {"first": tile if first_tile == 0 else None, "last": tile if first_tile + count == total else None}
         for r in self.runs:
             with loop(r.run.blocks) as block:
@@ -246,7 +257,7 @@ class Body:
         gemm, lanes, run = self.gemm, self.lanes, r.run
         dst, step = gemm.dst, q.step(gemm.dst)
         row = B.bind(run.first + g * run.rows)
-        origin = B.bind(dst.base + row * dst.layout.c_pitch + q.at(dst))
+        origin = B.bind(dst.base + row * dst.layout.c_pitch + q.at(-1))
         outs = [[origin + (i * dst.layout.c_pitch + v * step) for v in range(vectors)] for i in range(run.rows)]
         acc = [B.alloc_buffer((vectors * lanes,), "float32") for _ in range(run.rows)]
 
@@ -287,7 +298,7 @@ class Body:
     def _multiply(self, r: Run, block: Any, g: Any, row: Any, q: Tile, vectors: int, put: Any, get: Any) -> None:
         """acc += data * src over the entries of a row group in a block."""
         gemm, lanes, run = self.gemm, self.lanes, r.run
-        start, step = q.at(gemm.src, gemm.strides), q.step(gemm.src, gemm.strides[1])
+        start, step = q.at(0, gemm.strides), q.step(gemm.src, gemm.strides[1])
         if r.ip is None:
             low = block * gemm.block_columns
             high = B.min(low + gemm.block_columns, run.columns) if run.blocks > 1 else run.columns
@@ -331,11 +342,11 @@ class Body:
             for v in range(vectors):
                 operands = {"t0": get(i, v), **consts}
                 for j, (slot, buffer) in enumerate(self.tensors):
-                    at = slot.base + (row + i) * slot.layout.c_pitch + q.at(slot) + v * q.step(slot)
+                    at = slot.base + (row + i) * slot.layout.c_pitch + q.at(j + 1) + v * q.step(slot)
                     operands[f"t{j + 1}"] = vector(buffer, at, lanes)
                 value = self.epilogue.evaluate(operands, lanes)
                 if self.mask is not None:
-                    index = B.Ramp(q.at(self.gemm.dst) + v * lanes, 1, lanes)
+                    index = B.Ramp(q.at(-1) + v * lanes, 1, lanes)
                     value = B.Select(
                         self.mask[index] != B.Broadcast(B.int32(0), lanes), value, broadcast(B.float32(0), lanes)
                     )
@@ -357,10 +368,11 @@ class Body:
 
 
 def emit(gemm: Gemm) -> Any:
-    """PrimFunc: src, then for each run (ip unless dense, offset, data), cut, mask, c0.., t1.., out; all flat.
+    """PrimFunc: src, then for each run (ip unless dense, offset, data), cut, band, mask, c0.., t1.., out; all flat.
 
-    ``cut`` int32[chunks + 1 for each run]: first row group of each chunk; ``mask`` int32[vectors * lanes] (-1 where a
-    position is a pixel) only when the gaps of the output must be zero.
+    ``cut`` int32[chunks + 1 for each run]: first row group of each chunk; ``band`` int32[2] only in interleaved layouts
+    (``interleaved.Band``); ``mask`` int32[vectors * lanes] (-1 where a position is a pixel) only in planes whose gaps
+    must be zero.
     """
     from .across import AcrossBody
 

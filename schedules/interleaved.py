@@ -1,51 +1,145 @@
 """Kernels around the gather GEMM for interleaved layouts: zero padding, copies in and out, element-wise programs, means.
 
-A vector is one pixel of one channel of as many images as fill it. All these kernels are bound by memory.
+A vector is one pixel of one channel of as many images as fill it. All these kernels are bound by memory. Those that
+compute a tensor for the next layer do so for a band of rows at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as B
 
 from ..errors import InternalError
+from ..layout import Layout
+from ..workload import PoolWorkload
 from .emit import Expr, broadcast, finish, kernel_attrs, store, transpose, vector
 from .pointwise import Program, Slot
 
 
+class Band:
+    """The argument int32[2 + windows] of a kernel that computes a band of rows: first row and number of rows of the output,
+    where rows of all vectors of images count on, then for each tensor that is a window how many rows further than in a
+    whole tensor its rows are. ``slots``: source, residuals, output. Whoever computes row 0 also zeroes the padding;
+    below the last row of an image, in windows, whoever computes that."""
+
+    def __init__(self, slots: Sequence[Slot]) -> None:
+        self.slots, self.slot = slots, slots[-1]
+        self.windows = [i for i, s in enumerate(slots) if s.layout.window]
+        self.buffer = B.arg("band", B.Buffer((2 + len(self.windows),), "int32"))
+
+    def start(self, out: Expr) -> None:
+        """Read the argument; once, before the rows are computed."""
+        self.first, self.rows = B.bind(self.buffer[0]), B.bind(self.buffer[1])
+        self.shifts = {
+            i: B.bind(self.buffer[2 + k] * self.slots[i].layout.row_pitch) for k, i in enumerate(self.windows)
+        }
+        if not self.slot.layout.zero_halo:
+            return
+        with B.If(self.first == 0), B.Then():
+            zero_halo(out, self.slot)
+        if self.slot.layout.window:
+            last = self.first + self.rows - 1
+            with B.If(B.floormod(last, self.slot.layout.h) == self.slot.layout.h - 1), B.Then():
+                zero_below(out, self.slot, B.bind(B.floordiv(last, self.slot.layout.h)), self.shift(-1))
+
+    def shift(self, index: int) -> Expr:
+        """Floats to add to an address in ``slots[index]``."""
+        return self.shifts.get(index % len(self.slots), 0)
+
+    @contextmanager
+    def parallel(self) -> Iterator[tuple[Expr, Expr]]:
+        """A parallel loop over (vector of images, row)."""
+        height = self.slot.layout.h
+        with B.parallel(0, self.rows) as i:
+            row = B.bind(self.first + i)
+            yield B.bind(B.floordiv(row, height)), B.bind(B.floormod(row, height))
+
+
+def whole_band(slots: Sequence[Slot]) -> npt.NDArray[np.int32]:
+    """The band of all rows of the last of ``slots``; of windows it would need those that hold all."""
+    lay = slots[-1].layout
+    return np.array([0, lay.n // lay.interleave * lay.h, *(0 for s in slots if s.layout.window)], np.int32)
+
+
+def _clear(out: Expr, slot: Slot, first: Expr, pixels: int) -> None:
+    """Zero ``pixels`` from address ``first`` of the buffer."""
+    lay = slot.layout
+    if not pixels:
+        return
+    zero = broadcast(B.float32(0), lay.interleave)
+    with B.serial(0, pixels) as p, B.serial(0, lay.c) as c:
+        store(out, zero, first + p * lay.x_pitch + (c + slot.channel) * lay.c_pitch, lay.interleave)
+
+
+def rows_below(lay: Layout) -> int:
+    """Rows of zeros that the last row of an image needs behind it."""
+    return max(lay.n_pitch // lay.row_pitch - lay.h, lay.tail // lay.row_pitch)
+
+
+def zero_below(out: Expr, slot: Slot, image: Expr, shift: Expr) -> None:
+    """Zero the padding below the last row of vector ``image`` of images of a window."""
+    lay = slot.layout
+    at = lay.front + image * lay.n_pitch + lay.h * lay.row_pitch + shift
+    _clear(out, slot, at, rows_below(lay) * (lay.row_pitch // lay.x_pitch))
+
+
+def emit_slide(slot: Slot) -> Any:
+    """Move rows of a window down to lower addresses, all channels and gaps with them.
+
+    PrimFunc(move int32[3]: from row, to row, rows; out f32[slot.size]).
+    """
+    lay = slot.layout
+    with IRBuilder() as ib, B.prim_func(s_tir=True):
+        kernel_attrs()
+        move = B.arg("move", B.Buffer((3,), "int32"))
+        out = B.arg("out", B.Buffer((slot.size,), "float32"))
+        source, goal, rows = (B.bind(move[i]) for i in range(3))
+        with B.serial(0, rows) as y, B.parallel(0, lay.row_pitch // lay.interleave) as i:
+            at = i * lay.interleave + lay.front
+            value = vector(out, at + (source + y) * lay.row_pitch, lay.interleave)
+            store(out, value, at + (goal + y) * lay.row_pitch, lay.interleave)
+    return finish(ib)
+
+
 def zero_halo(out: Expr, slot: Slot) -> None:
-    """Zero the channels of ``slot`` in every pixel that is padding."""
+    """Zero the channels of ``slot`` in every pixel that is padding; in a window not what is below an image."""
     lay = slot.layout
     gap = lay.row_pitch // lay.x_pitch - lay.w
     below = (lay.n_pitch - lay.h * lay.row_pitch) // lay.x_pitch
     images = lay.n // lay.interleave
-
-    def clear(first: Expr, pixels: int) -> None:
-        """``pixels`` from address ``first`` of the buffer."""
-        if not pixels:
-            return
-        zero = broadcast(B.float32(0), lay.interleave)
-        with B.serial(0, pixels) as p, B.serial(0, lay.c) as c:
-            store(out, zero, first + p * lay.x_pitch + (c + slot.channel) * lay.c_pitch, lay.interleave)
-
-    clear(0, lay.front // lay.x_pitch)
+    _clear(out, slot, 0, lay.front // lay.x_pitch)
+    if lay.window:
+        if gap:
+            with B.parallel(0, lay.window) as i:
+                _clear(out, slot, lay.front + i * lay.row_pitch + lay.w * lay.x_pitch, gap)
+        return
     if gap:
         with B.parallel(0, images * lay.h) as i:
             n, y = B.floordiv(i, lay.h), B.floormod(i, lay.h)
-            clear(lay.front + n * lay.n_pitch + y * lay.row_pitch + lay.w * lay.x_pitch, gap)
+            _clear(out, slot, lay.front + n * lay.n_pitch + y * lay.row_pitch + lay.w * lay.x_pitch, gap)
     if below:
         with B.serial(0, images) as n:
-            clear(lay.front + n * lay.n_pitch + lay.h * lay.row_pitch, below)
-    clear(lay.front + images * lay.n_pitch, lay.tail // lay.x_pitch)
+            _clear(out, slot, lay.front + n * lay.n_pitch + lay.h * lay.row_pitch, below)
+    _clear(out, slot, lay.front + images * lay.n_pitch, lay.tail // lay.x_pitch)
 
 
-def _kernel(slots: Sequence[tuple[str, int]], body: Callable[..., None]) -> Any:
+def _kernel(slots: Sequence[tuple[str, int]], body: Callable[..., None], banded: Sequence[Slot] = ()) -> Any:
+    """PrimFunc of f32 buffers. ``banded``: sources and output, if rows are computed by band; ``body`` gets the Band last."""
     with IRBuilder() as ib, B.prim_func(s_tir=True):
         kernel_attrs()
-        body(*[B.arg(name, B.Buffer((size,), "float32")) for name, size in slots])
+        arg = lambda name, size: B.arg(name, B.Buffer((size,), "float32"))
+        buffers = [arg(*slot) for slot in slots[:-1]]
+        bands = [Band(banded)] if banded else []
+        out = arg(*slots[-1])
+        for band in bands:
+            band.start(out)
+        body(*buffers, out, *bands)
     return finish(ib)
 
 
@@ -116,7 +210,7 @@ def _runs(channels: Sequence[int]) -> list[tuple[int, int, int]]:
 
 
 def emit_pointwise(program: Program, tensors: tuple[Slot, ...], dst: Slot) -> Any:
-    """``program`` on interleaved tensors: f32 buffers t0.., channel constants c0.. f32[C], then the output."""
+    """``program`` on interleaved tensors: f32 buffers t0.., channel constants c0.. f32[C], band, then the output."""
     lay = dst.layout
     if program.gates or any(t.layout.interleave != lay.interleave for t in tensors):
         raise InternalError(f"no interleaved kernel for {program} on {[t.layout for t in tensors]}")
@@ -125,20 +219,69 @@ def emit_pointwise(program: Program, tensors: tuple[Slot, ...], dst: Slot) -> An
     args += [(f"c{i}", lay.c) for i in range(program.channels)] + [("out", dst.size)]
 
     def body(*buffers: Expr) -> None:
-        ts, cs, out = buffers[: len(tensors)], buffers[len(tensors) : -1], buffers[-1]
-        if lay.zero_halo:
-            zero_halo(out, dst)
-        with B.parallel(0, lay.n // lanes * lay.h) as i:
-            n, y = B.bind(B.floordiv(i, lay.h)), B.bind(B.floormod(i, lay.h))
-            with B.serial(0, lay.w) as x, B.serial(0, lay.c) as c:
-                operands = {
-                    f"t{j}": vector(buffer, slot.at(c, n, y, x), lanes)
-                    for j, (slot, buffer) in enumerate(zip(tensors, ts, strict=True))
-                }
-                operands |= {f"c{j}": broadcast(b[c], lanes) for j, b in enumerate(cs)}
-                store(out, program.evaluate(operands, lanes), dst.at(c, n, y, x), lanes)
+        ts, cs, out, band = buffers[: len(tensors)], buffers[len(tensors) : -2], buffers[-2], buffers[-1]
+        with band.parallel() as (n, y), B.serial(0, lay.w) as x, B.serial(0, lay.c) as c:
+            operands = {
+                f"t{j}": vector(buffer, slot.at(c, n, y, x) + band.shift(j), lanes)
+                for j, (slot, buffer) in enumerate(zip(tensors, ts, strict=True))
+            }
+            operands |= {f"c{j}": broadcast(b[c], lanes) for j, b in enumerate(cs)}
+            store(out, program.evaluate(operands, lanes), dst.at(c, n, y, x) + band.shift(-1), lanes)
 
-    return _kernel(args, body)
+    return _kernel(args, body, banded=(*tensors, dst))
+
+
+POOL_TAPS = 64  # a window is straight-line code
+
+
+def can_pool(workload: PoolWorkload) -> bool:
+    """Whether ``emit_pool`` has a kernel."""
+    return workload.kernel[0] * workload.kernel[1] <= POOL_TAPS
+
+
+def emit_pool(workload: PoolWorkload, src: Slot, dst: Slot) -> Any:
+    """Max or average pooling of interleaved tensors; taps outside of the image do not count, as in ``pooling.py``.
+
+    PrimFunc(src f32[src.size], band, dst f32[dst.size]). Raises InternalError for windows that are too large.
+    """
+    s, lanes = src.layout, dst.layout.interleave
+    if not can_pool(workload) or s.interleave != lanes or (s.n, s.c) != (dst.layout.n, dst.layout.c):
+        raise InternalError(f"no interleaved kernel for {workload} from {s} to {dst.layout}")
+    top, left, bottom, right = workload.padding
+    largest = workload.kind == "max"
+    nothing = broadcast(B.float32(float("-inf") if largest else 0), lanes)
+
+    def axis(o: Expr, k: int, size: int, before: int, after: int) -> tuple[list[tuple[Expr, Expr]], Expr]:
+        """(inside of the image, position) of each tap of window ``o``, and how many count in a mean."""
+        stride, dilation = workload.strides[k], workload.dilation[k]
+        at = [B.bind(o * stride + (t * dilation - before)) for t in range(workload.kernel[k])]
+        inside = [B.bind(B.And(p >= 0, p < size)) for p in at]
+        low, high = (-before, size + after) if workload.count_include_pad else (0, size)
+        count: Any = B.int32(0)
+        for p in at:
+            count = count + B.Select(B.And(p >= low, p < high), B.int32(1), B.int32(0))
+        return [(i, B.max(B.min(p, size - 1), 0)) for i, p in zip(inside, at, strict=True)], B.max(count, 1)
+
+    def body(source: Expr, out: Expr, band: Band) -> None:
+        with band.parallel() as (n, y):
+            rows, high = axis(y, 0, s.h, top, bottom)
+            with B.serial(0, dst.layout.w) as x:
+                columns, wide = axis(x, 1, s.w, left, right)
+                taps = [
+                    (B.bind(B.And(i, j)), B.bind(src.at(0, n, ty, tx) + band.shift(0)))
+                    for i, ty in rows
+                    for j, tx in columns
+                ]
+                scale = None if largest else B.bind(B.float32(1) / B.Cast("float32", high * wide))
+                with B.serial(0, s.c) as c:
+                    total: Any = None
+                    for inside, at in taps:
+                        value = B.Select(inside, vector(source, at + c * s.c_pitch, lanes), nothing)
+                        total = value if total is None else B.max(total, value) if largest else total + value
+                    mean = total if largest else total * broadcast(scale, lanes)
+                    store(out, mean, dst.at(c, n, y, x) + band.shift(-1), lanes)
+
+    return _kernel((("src", src.size), ("dst", dst.size)), body, banded=(src, dst))
 
 
 def emit_global_avg_pool(src: Slot, dst: Slot) -> Any:

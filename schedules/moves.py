@@ -35,6 +35,8 @@ def emit_phases(phases: Phases, src: Slot, dst: Slot, target: CpuTarget) -> Any:
 
 
 def emit_pool(workload: PoolWorkload, src: Slot, dst: Slot, target: CpuTarget) -> Any:
+    if dst.layout.interleave > 1:
+        return interleaved.emit_pool(workload, src, dst)
     return pooling.emit_pool(workload, src.layout, dst.layout, target=target, **_where(src, dst))
 
 

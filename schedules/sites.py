@@ -97,6 +97,16 @@ class ConvSite:
         name = f"f32_{fmt}_{self.op}_{knobs.rows}x{knobs.vectors * knobs.lanes}_{target.isa}"
         return Built(name, gemm, kernel.constants, kernel.stored_bytes, lambda: gather_gemm.emit(gemm))
 
+    def alone(self) -> ConvSite:
+        """The same layer on whole tensors, where it shared windows with others: what can be run by itself."""
+
+        def whole(slot: Slot) -> Slot:
+            lay = dataclasses.replace(slot.layout, window=0)
+            return Slot(lay, lay.size, slot.channel) if slot.layout.window else slot
+
+        tensors = tuple(whole(t) for t in self.tensors)
+        return dataclasses.replace(self, src=whole(self.src), dst=whole(self.dst), tensors=tensors)
+
     def sizes(self) -> tuple[int, tuple[int, ...], int]:
         """Floats of source, residuals and output."""
         return self.src.size, tuple(t.size for t in self.tensors), self.dst.size
@@ -132,6 +142,9 @@ class FcSite:
         assert isinstance(knobs, FcKnobs)
         kernel = dense.build(self.workload, self.weight, self.kernel, self.epilogue, self.residuals, target, knobs)
         return Built(kernel.name, kernel.key, kernel.constants, kernel.stored_bytes, kernel.emit)
+
+    def alone(self) -> FcSite:
+        return self
 
     def sizes(self) -> tuple[int, tuple[int, ...], int]:
         wl = self.workload

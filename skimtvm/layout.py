@@ -12,7 +12,8 @@ Three kinds of use of the same numbers, in the first two of which L and x_pitch 
   of many channels spreads over all sets of the L1 cache instead of a few.
 * *interleaved*: pixels outermost, then channels, then L images (those that fill a vector): ``[N / L][y][x][C][L]``. A
   vector is one pixel of L images, so every tap of every stride is aligned and no lane is lost, and a tile of pixels is a
-  few contiguous runs; but a tile reads a whole line for each pixel that its taps reach.
+  few contiguous runs; but a tile reads a whole line for each pixel that its taps reach. Where layers take turns band by
+  band, a buffer may be a *window*: it holds a few rows, and each call says where those that it reads and writes are.
 
 A convolution tap (r, s) is then a constant offset, whatever the kernel size, dilation or batch; a strided convolution
 reads *phase planes*, which are further channels of the same layout (see ``Phases``).
@@ -53,10 +54,13 @@ class Layout:
     zero_halo: bool = False
     x_pitch: int = 1
     interleave: int = 1  # L
+    window: int = 0  # rows of pixels that the buffer holds at a time (0: all), in interleaved layouts
 
     @property
     def size(self) -> int:
         """Floats to allocate."""
+        if self.window:
+            return self.front + self.window * self.row_pitch + self.tail
         if self.interleave > 1:
             return self.front + self.n // self.interleave * self.n_pitch + self.tail
         if self.natural:
@@ -150,8 +154,9 @@ def plane(n: int, c: int, h: int, w: int, space: Space, halo: Halo, lanes: int =
     return Layout(n, c, h, w, space.row_pitch, space.n_pitch, pitch, front, tail, bool(halo))
 
 
-def interleaved(n: int, c: int, h: int, w: int, halo: Halo, lanes: int) -> Layout:
-    """Interleaved layout of f32[n, c, h, w], where ``lanes`` divides n, with room for ``halo``.
+def interleaved(n: int, c: int, h: int, w: int, halo: Halo, lanes: int, window: int = 0) -> Layout:
+    """Interleaved layout of f32[n, c, h, w], where ``lanes`` divides n, with room for ``halo``; ``window``: rows of the
+    buffer, if not all.
 
     Rows and images share their gaps as in ``plane``. Pixels are an odd number of vectors apart, so that one channel of the
     pixels of a tile spreads over the sets of the L1 cache.
@@ -163,9 +168,10 @@ def interleaved(n: int, c: int, h: int, w: int, halo: Halo, lanes: int) -> Layou
     gap = max(halo.top, halo.bottom) if n > lanes else 0
     front = halo.top * row_pitch + halo.left * x_pitch
     tail = max(0, halo.bottom - gap) * row_pitch
-    return Layout(
+    whole = Layout(
         n, c, h, w, row_pitch, (h + gap) * row_pitch, lanes, front, tail, bool(halo), x_pitch=x_pitch, interleave=lanes
     )
+    return dataclasses.replace(whole, window=window)
 
 
 @dataclass(frozen=True)

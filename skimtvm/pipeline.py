@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -78,8 +78,11 @@ def choose_kernels(
     force: dict[str, str],
     tolerance: float = 1e-4,
     calibration: Calibration | None = None,
+    *,
+    direct: bool = False,
 ) -> dict[str, Choice]:
-    """Choice for every convolution and dense layer of a fused module, by layer name."""
+    """Choice for every convolution and dense layer of a fused module, by layer name. ``direct``: no Winograd kernels for
+    spatial weights, except forced ones."""
     choices: dict[str, Choice] = {}
     for func in mod.functions.values():
         if (
@@ -103,7 +106,9 @@ def choose_kernels(
             threshold=threshold,
             force=force,
             tolerance=tolerance,
-            winograd_error=partial(expected_error, layer.weight) if not native and brief else None,
+            winograd_error=partial(expected_error, layer.weight)
+            if not native and brief and (not direct or layer.name in force)
+            else None,
             calibration=calibration,
         )
     unknown = sorted(set(force) - set(choices))
@@ -159,9 +164,14 @@ def run(
     # 3. sparse or dense, layer by layer
     choices = choose_kernels(whole, threshold, force or {}, tolerance, calibration)
     if single is not None:
-        parts = _split(mod, single, target, choices, native)
+        plans = [choices]
+        if any(c.winograd for c in choices.values()):  # which exclude interleaving: the two are weighed as a whole
+            direct = choose_kernels(whole, threshold, force or {}, tolerance, calibration, direct=True)
+            why = "; direct, which lets images share vectors"
+            plans.append({k: replace(c, reason=c.reason + why * bool(choices[k].winograd)) for k, c in direct.items()})
+        parts = _split(mod, single, target, plans, native)
         if parts is not None:
-            first, second, batch, cut = parts
+            first, second, batch, cut, choices = parts
             step("lower", 0.2)
             rest = _lower(second, target, choices, dump, "", cut.interleave, knobs) if second is not None else None
             if first is None:
@@ -190,20 +200,22 @@ def _split(
     mod: tvm.IRModule,
     single: tvm.IRModule,
     target: CpuTarget,
-    choices: dict[str, Choice],
+    plans: list[dict[str, Choice]],
     winograd: Mapping[str, tuple[int, int]],
-) -> tuple[tvm.IRModule | None, tvm.IRModule | None, int, Cut] | None:
-    """Both halves of a network that gains from running its first layers image by image, or from interleaved images."""
+) -> tuple[tvm.IRModule | None, tvm.IRModule | None, int, Cut, dict[str, Choice]] | None:
+    """Both halves of a network that gains from running its first layers image by image, or from interleaved images, and
+    the one of ``plans`` that is fastest so."""
     batched, one = (Graph.of(_fuse(m, winograd, gates=False)) for m in (mod, single))
     if batched is None or one is None:
         return None
     batch = shape_of(batched.func.params[0])[0]
     if compare(one, batched, batch):
         return None
-    cut = find_cut(one, batched, batch, choices, target)
+    cuts = [find_cut(one, batched, batch, choices, target) for choices in plans]
+    cut, choices = min(zip(cuts, plans, strict=True), key=lambda pair: pair[0].seconds)
     if cut.index:
-        return (*halves(one, batched, cut), batch, cut)
-    return (None, batched.mod, batch, cut) if cut.interleave > 1 else None
+        return (*halves(one, batched, cut), batch, cut, choices)
+    return (None, batched.mod, batch, cut, choices) if cut.interleave > 1 else None
 
 
 def _lower(

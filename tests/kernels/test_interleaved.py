@@ -126,7 +126,7 @@ def test_element_wise_program() -> None:
     c = rng.standard_normal(7).astype(np.float32)
     program = Program((Instr("add", ("t0", "t1")), Instr("multiply", ("v0", "c0")), Instr("nn.relu", ("v1",))), 2, 1)
     a, b, dst = slot(*x.shape, PADDED), slot(*x.shape), slot(*x.shape, Halo(1, 0, 0, 2))
-    inputs = [pack(x, a.layout), pack(y, b.layout), c]
+    inputs = [pack(x, a.layout), pack(y, b.layout), c, kernels.whole_band([dst])]
     got = run_kernel(kernels.emit_pointwise(program, (a, b), dst), inputs, dst.size, TARGET)
     check_output(got, np.maximum((x + y) * c[:, None, None], 0), dst.layout)
 

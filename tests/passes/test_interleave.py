@@ -65,8 +65,10 @@ def test_every_kernel_must_exist_for_interleaved_images() -> None:
     assert may_interleave(nodes, IMAGES)
     assert not may_interleave(nodes, 3 * IMAGES), "images would not fill the vectors"
     pooled = Net(IMAGES, 4, 12, 12)
-    y = pooled.op("MaxPool", pooled.conv("x", 4, 8), kernel_shape=[2, 2], strides=[2, 2])
-    assert not may_interleave(nodes_of(pooled, y), IMAGES)
+    x = pooled.conv("x", 4, 8)
+    assert may_interleave(nodes_of(pooled, pooled.op("MaxPool", x, kernel_shape=[2, 2], strides=[2, 2])), IMAGES)
+    assert not may_interleave(nodes_of(pooled, pooled.op("MaxPool", x, kernel_shape=[9, 9])), IMAGES)
+    assert not may_interleave(nodes_of(pooled, pooled.op("LRN", x, size=3)), IMAGES)
 
 
 def test_the_model_interleaves_deep_layers_of_a_full_batch() -> None:
