@@ -7,19 +7,23 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tvm
 
 from skimtvm.errors import InternalError
 from skimtvm.layout import Halo, Layout, interleaved, natural
-from skimtvm.ops.packing import addresses, check_output, pack, run_kernel
+from skimtvm.ops.packing import addresses, check_output, compile_kernel, pack, run_kernel
+from skimtvm.ops.pooling import pool_reference
 from skimtvm.schedules import conv2d as conv
 from skimtvm.schedules import gather_gemm, moves
 from skimtvm.schedules import interleaved as kernels
 from skimtvm.schedules.pointwise import Instr, Program, Slot
 from skimtvm.target import TARGETS
-from skimtvm.workload import ConvWorkload
+from skimtvm.workload import ConvWorkload, PoolWorkload
 
 from .helpers import conv_reference, gamma
 from .test_gather_gemm import BIAS_ADD_RELU, FORMATS, PADDED, W, weights
+from .test_pooling import CASES as POOLS
+from .test_pooling import workload_of as pool_workload
 
 NONE = Halo()
 TARGET, AVX2 = TARGETS["znver4"], TARGETS["haswell"]
@@ -146,3 +150,37 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(InternalError, match="no copy"):
         moves.emit_copy(small, Slot(large, large.size), TARGET)
     assert isinstance(small.layout, Layout)
+
+
+@pytest.mark.parametrize("kind", ["max", "avg", "avg-include-pad"])
+@pytest.mark.parametrize("case", [c for c in POOLS if kernels.can_pool(pool_workload(c, "max"))])
+def test_pool(case: str, kind: str) -> None:
+    (_, c, h, w), *_, ceil = POOLS[case]
+    wl = pool_workload(case, kind)
+    out = wl.out_extent(h, w, ceil=ceil)
+    x = np.random.default_rng(1).standard_normal((32, c, h, w)).astype(np.float32)
+    src, dst = slot(*x.shape, PADDED), slot(32, c, *out, Halo(1, 0, 0, 2))
+    inputs = [pack(x, src.layout, fill=np.nan), kernels.whole_band([src, dst])]
+    got = run_kernel(moves.emit_pool(wl, src, dst, TARGET), inputs, dst.size, TARGET)
+    check_output(got, pool_reference(x, wl, out), dst.layout, rtol=2e-5, atol=1e-6)
+
+
+def test_large_windows_have_no_kernel() -> None:
+    src, dst = slot(16, 1, 13, 13), slot(16, 1, 5, 5)
+    with pytest.raises(InternalError, match="no interleaved kernel"):
+        kernels.emit_pool(PoolWorkload("max", (9, 9)), src, dst)
+    assert not kernels.can_pool(PoolWorkload("max", (9, 9)))
+
+
+def test_rows_of_a_window_slide_down_though_they_overlap() -> None:
+    layout = dataclasses.replace(interleaved(16, 3, 40, 5, PADDED, 16), window=9)
+    window = Slot(layout, layout.size)
+    rng = np.random.default_rng(4)
+    before = rng.standard_normal(layout.size).astype(np.float32)
+    want = before.copy()
+    rows = want[layout.front : layout.front + 9 * layout.row_pitch].reshape(9, -1)
+    rows[1:6] = rows[3:8].copy()
+    out = tvm.runtime.tensor(before)
+    move = tvm.runtime.tensor(np.array([3, 1, 5], np.int32))
+    compile_kernel(kernels.emit_slide(window), TARGET)["main"](move, out)
+    np.testing.assert_array_equal(out.numpy(), want)
