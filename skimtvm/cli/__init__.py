@@ -42,9 +42,18 @@ class _Main(click.Group):
     ) -> NoReturn:
         arguments = list(sys.argv[1:] if args is None else args)
         debug = bool(os.environ.get("SKIMTVM_DEBUG")) or "--debug" in arguments[:1]
+        extra["standalone_mode"] = False
+        interrupted = False
+
+        def interrupt(number: int, frame: Any) -> None:
+            nonlocal interrupted
+            interrupted = True
+            signal.default_int_handler(number, frame)
+
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that temporary files go with the process
-        extra["standalone_mode"] = False
+            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+                signal.signal(signal.SIGINT, interrupt)
         try:
             code = super().main(arguments, prog_name or "skimtvm", **extra)
             sys.stdout.flush()
@@ -60,6 +69,8 @@ class _Main(click.Group):
                 hint = f"; see: {e.ctx.command_path} --help"
             _fail(e.format_message().rstrip(".") + hint, e.exit_code, debug)
         except SkimError as e:
+            if interrupted:
+                _fail("interrupted", INTERRUPTED, debug)
             _fail(str(e), e.exit_code, debug)
         except BrokenPipeError:
             # The reader has enough; the interpreter's own flush at exit must not complain either.
@@ -68,6 +79,8 @@ class _Main(click.Group):
         except MemoryError:
             _fail("out of memory; use a smaller batch or a machine with more of it", 1, debug)
         except Exception as e:
+            if interrupted:  # a foreign function that Ctrl-C met may raise what it likes
+                _fail("interrupted", INTERRUPTED, debug)
             reason = f"{type(e).__name__}: {e}" if str(e) else type(e).__name__
             hint = "" if debug else "; see the traceback with: skimtvm --debug ..."
             _fail(f"this is a bug in skimtvm, please report it: {reason}{hint}", CRASHED, debug)
