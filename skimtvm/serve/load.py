@@ -221,17 +221,18 @@ class Load:
 
 
 class Observer:
-    """Samples the memory of the server's processes, and kills a worker every ``kill_every`` seconds."""
+    """Samples the memory of the server's processes, and kills a worker when all ``workers`` have been ready for
+    ``kill_every`` seconds: a request may meet one death, not two."""
 
-    def __init__(self, front: int, host: str, port: int, kill_every: float | None, every: float) -> None:
-        self.front, self.kill_every, self.every = front, kill_every, every
+    def __init__(self, front: int, host: str, port: int, workers: int, kill_every: float | None, every: float) -> None:
+        self.front, self.count, self.kill_every, self.every = front, workers, kill_every, every
         self.connection = Connection(host, port)
         self.samples: list[dict[str, Any]] = []
         self.kills = 0
         self.restarts = 0.0
 
     async def run(self) -> None:
-        start = last_kill = time.monotonic()
+        start = ready = time.monotonic()
         while True:
             await asyncio.sleep(self.every)
             with contextlib.suppress(NoAnswer, TimeoutError):
@@ -243,8 +244,10 @@ class Observer:
                     "workers": [resident_bytes(pid) for pid in pids],
                 }
                 self.samples.append(sample)
-                if self.kill_every is not None and pids and now - last_kill >= self.kill_every:
-                    last_kill = now
+                if len(pids) < self.count:
+                    ready = now
+                if self.kill_every is not None and now - ready >= self.kill_every:
+                    ready = now
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(pids[self.kills % len(pids)], signal.SIGKILL)
                         self.kills += 1
@@ -297,7 +300,9 @@ async def measure(options: argparse.Namespace, valid: Valid, server: Server) -> 
         raise SystemExit(f"no valid request was answered right: {load.counts.as_dict()}")
     result: dict[str, Any] = {"capacity": {"requests_per_second": round(capacity, 1)} | load.counts.as_dict()}
     load.counts = Counts()
-    observer = Observer(record["pid"], host, int(port), options.kill_every, max(options.seconds / 300, 0.5))
+    observer = Observer(
+        record["pid"], host, int(port), options.workers, options.kill_every, max(options.seconds / 300, 0.5)
+    )
     observing = asyncio.create_task(observer.run())
     start = time.monotonic()
     await load.offer(options.overload * capacity / (1 - MALFORMED_SHARE), options.seconds)
@@ -345,7 +350,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--timeout", type=float, default=30.0, help="the server's, in seconds")
     parser.add_argument("--connections", type=int, default=128)
-    parser.add_argument("--kill-every", type=float, help="seconds between two kills of a worker; never, if not given")
+    parser.add_argument("--kill-every", type=float, help="seconds that all workers are ready before one is killed; never, if not given")
     parser.add_argument("--output", type=Path, help="write the result here (JSON); the server's log goes beside it")
     options = parser.parse_args()
     if not 0 < options.minutes <= _MAX_MINUTES or not 0 < options.overload <= 100 or not 0 < options.connections <= 900:
