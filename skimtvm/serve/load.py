@@ -350,7 +350,9 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--timeout", type=float, default=30.0, help="the server's, in seconds")
     parser.add_argument("--connections", type=int, default=128)
-    parser.add_argument("--kill-every", type=float, help="seconds that all workers are ready before one is killed; never, if not given")
+    parser.add_argument(
+        "--kill-every", type=float, help="seconds that all workers are ready before one is killed; never, if not given"
+    )
     parser.add_argument("--output", type=Path, help="write the result here (JSON); the server's log goes beside it")
     options = parser.parse_args()
     if not 0 < options.minutes <= _MAX_MINUTES or not 0 < options.overload <= 100 or not 0 < options.connections <= 900:

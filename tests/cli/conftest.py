@@ -1,6 +1,7 @@
 """Fixtures: the command as users start it, and a compiled sample to give it."""
 
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -34,6 +35,21 @@ class Result:
 
 def environment(**more):
     return {**os.environ, "PYTHONPATH": str(PACKAGE), **more}
+
+
+@pytest.fixture
+def interruptible():
+    """Start a command that Ctrl-C can end. Where the tests run in the background of a shell SIGINT is ignored, and children
+    inherit that."""
+
+    def start(command):
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    return start
 
 
 @pytest.fixture(scope="session")

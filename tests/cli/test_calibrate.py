@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -55,14 +56,14 @@ def test_calibrate_and_compile(net: Path, tmp_path: Path) -> None:
     assert "built-in model: no calibration of haswell" in other.stdout
 
 
-def test_ctrl_c_writes_nothing(tmp_path: Path) -> None:
+def test_ctrl_c_writes_nothing(interruptible: Any, tmp_path: Path) -> None:
     table = tmp_path / "c.json"
     command = [sys.executable, "-m", "skimtvm", "calibrate", "-o", str(table)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = interruptible(command)
     time.sleep(6)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in err and "skimtvm: error: interrupted" in err
+    assert process.returncode == 130 and "Traceback" not in err and "skimtvm: error: interrupted" in err, err
     assert not list(tmp_path.iterdir())
 
 

@@ -68,15 +68,15 @@ def test_kill_and_go_on(net: Path, tmp_path: Path) -> None:
     assert sum(r.kind == "best" for r in after.records) == 2
 
 
-def test_ctrl_c_keeps_what_was_measured(net: Path, tmp_path: Path) -> None:
+def test_ctrl_c_keeps_what_was_measured(net: Path, interruptible: Any, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "skimtvm", "tune", str(net), "--log", str(tmp_path), "--search", "random"]
-    process = subprocess.Popen([*command, "--trials", "500"], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = interruptible([*command, "--trials", "500"])
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not Log.read(tmp_path).records:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in err and "skimtvm: error: interrupted" in err
+    assert process.returncode == 130 and "Traceback" not in err and "skimtvm: error: interrupted" in err, err
     assert "of 2 workloads tuned" in out and Log.read(tmp_path).records and not Log.read(tmp_path).damage
 
 
