@@ -129,21 +129,26 @@ class BandOrder:
         for i, n in enumerate(nodes):
             for k in range(i + 1, last.get(n.var, i) + 1):
                 crossing[k] += size.get(n.var, 0)
+        window = [0.0] * len(nodes)
+        for i, n in enumerate(nodes):
+            if n.var in self.nodes:
+                _, c, _, w = nchw(n.var)
+                window[i] = WINDOW_BANDS * self.rows[n.var] * 4 * c * w * self.images
+        least = [0.0] + [math.inf] * len(nodes)  # bytes over all cuts in front of node i, and the cut before that
+        cut = [0] * (len(nodes) + 1)
+        for end in range(1, len(nodes) + 1):
+            total = 0.0
+            for start in range(end - 1, -1, -1):
+                total += window[start]
+                if total > GROUP * self.cache and start < end - 1:
+                    break
+                if least[start] + crossing[start] <= least[end]:
+                    least[end], cut[end] = least[start] + crossing[start], start
         groups: list[list[Node]] = []
-        start = 0
-        while start < len(nodes):
-            end, total = start, 0.0
-            while end < len(nodes) and (total <= GROUP * self.cache or end == start):
-                v = nodes[end].var
-                if v in self.nodes:
-                    _, c, _, w = nchw(v)
-                    total += WINDOW_BANDS * self.rows[v] * 4 * c * w * self.images
-                end += 1
-            if end < len(nodes):
-                end = min(range(start + (end - start + 1) // 2, end), key=lambda i: (crossing[i], -i), default=end)
-                end = max(end, start + 1)
-            groups.append(list(nodes[start:end]))
-            start = end
+        end = len(nodes)
+        while end:
+            groups.insert(0, list(nodes[cut[end] : end]))
+            end = cut[end]
         return groups
 
     def _complete(self, var: Any) -> Iterator[Step]:
