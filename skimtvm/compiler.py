@@ -13,7 +13,7 @@ from typing import Any
 import tvm
 
 from . import pipeline
-from .batching import estimate
+from .batching import estimates
 from .calibration import Calibration, for_target
 from .errors import InternalError, InvalidModel, InvalidOption, SkimError
 from .importer import ImportedModel, load_model
@@ -122,7 +122,9 @@ def compile_model(
         options=options.record(),
         warnings=(*model.warnings, *lookup.warnings, *_outdated(calibration, cpu)),
         batches=options.batches,
-        seconds=tuple(estimate(low.layers, len(low.calls)) for _, low in lowered) if options.batches else (),
+        seconds=estimates(options.batches, [(low.layers, len(low.calls)) for _, low in lowered])
+        if options.batches
+        else (),
         variants=tuple(
             Variant(n, low.layers, low.calls) for n, (_, low) in zip(options.batches[:-1], lowered, strict=False)
         ),

@@ -13,14 +13,14 @@ from onnx import TensorProto, helper, numpy_helper
 
 import skimtvm
 from skimtvm import artifact
-from skimtvm.batching import pieces, plan
+from skimtvm.batching import estimates, pieces, plan
 from skimtvm.compiler import CompileOptions, compile_model
 from skimtvm.errors import InputMismatch, InvalidArtifact, InvalidOption
 from skimtvm.importer import load_model
 from skimtvm.profiler import profile
 from skimtvm.relay_passes import simplify_passes
 from skimtvm.relay_passes.per_image import mixing
-from skimtvm.report import Manifest
+from skimtvm.report import LayerRecord, Manifest
 
 
 def model(nodes, weights=(), inputs=(("x", (6,)),)):
@@ -169,6 +169,14 @@ def test_plan_by_example():
     assert plan(3, (1, 4, 16), (1.0, 1.5, 3.0)) == (4,)
     assert plan(70, (1, 4, 16), (1.0, 3.5, 13.0)) == (16, 16, 16, 16, 4, 1, 1)
     assert plan(4, (2, 4), (2.0, 4.0)) == (4,)
+
+
+def test_larger_batches_are_expected_to_gain_a_little():
+    """Bands of interleaved layers make more calls, which must not tip the balance."""
+    layer = LayerRecord("c", "conv2d", "", macs=10**9, nnz=10, weights=10, stored_bytes=8)
+    reports = [([dataclasses.replace(layer, macs=n * layer.macs)], calls) for n, calls in ((1, 5), (4, 5), (16, 100))]
+    assert plan(16, (1, 4, 16), estimates((1, 4, 16), reports)) == (16,)
+    assert plan(5, (1, 4, 16), estimates((1, 4, 16), reports)) == (4, 1)
 
 
 def test_pieces_pad_the_last_with_zeros():
