@@ -38,6 +38,8 @@ SEGMENT = 14  # pixels of a row whose sums are in registers at once, with output
 CHAINS = 6  # sums that a multiply-add's latency needs
 FC_DISTANCE = 512  # weights that the rows of a fully connected layer fetch ahead of their use
 TRANSPOSE = 60.0  # cycles to turn 16 channels of a segment into rows of pixels
+EVEN = 20  # parallel pieces from which an odd number is as good as an even one
+BAND_PIECES = 4  # of an interleaved layer, whose calls may compute a row at a time
 MISALIGNED = 0.985  # of a dense layer's rate where its taps cross cache lines
 
 
@@ -86,14 +88,13 @@ def default_knobs(
     images = dst.layout.interleave
     if images > 1:
         positions = dst.layout.w * images
-    rest = wl.n // images * wl.out_h if images > 1 else 1  # rows of pixels, from each of which tiles are cut
     if dense:
-        return _dense(rows, per_group, positions, rest, cg, wl, target, dst)
+        return _dense(rows, per_group, positions, cg, wl, target, dst)
     best: tuple[float, Knobs] | None = None
     for lanes in [images] if images > 1 else sorted({target.lanes, 8}, reverse=True):
         total = -(-positions // lanes)
         for vectors in candidates(rows, total, lanes, target):
-            chunks = _chunks(total * rest, vectors, wl.k // rows)
+            chunks = _chunks(total, vectors, wl.k // rows, BAND_PIECES if images > 1 else 8)
             for blocks in sorted({min(cg, 1 << i) for i in range(8)} | {3, 5, 6, 10, 12}):
                 if blocks > cg:
                     continue
@@ -142,9 +143,7 @@ def cycles(
     return total / vectors * (entries * entry + blocks * visit)
 
 
-def _dense(
-    rows: int, per_group: int, positions: int, rest: int, cg: int, wl: ConvWorkload, target: CpuTarget, dst: Slot
-) -> Knobs:
+def _dense(rows: int, per_group: int, positions: int, cg: int, wl: ConvWorkload, target: CpuTarget, dst: Slot) -> Knobs:
     """R x V of a dense layer. Whole registers: eight rows of one vector, whose weights are broadcast memory operands.
     Half registers where they waste fewer lanes (7x7, 14x14), and registers without broadcast operands (AVX2): six or
     three rows of four vectors, so that a weight is loaded once for all four; more accumulators spill."""
@@ -166,7 +165,8 @@ def _dense(
         wide = min(wide, 8)
     total = -(-positions // lanes)
     vectors = -(-total // -(-total // wide))
-    return Knobs(rows, vectors, cg, _chunks(total * rest, vectors, wl.k // rows), True, lanes, ahead=DENSE_AHEAD)
+    chunks = _chunks(total, vectors, wl.k // rows, BAND_PIECES if dst.layout.interleave > 1 else 8)
+    return Knobs(rows, vectors, cg, chunks, True, lanes, ahead=DENSE_AHEAD)
 
 
 def _across(per_group: int, columns: int, width: int) -> tuple[tuple[int, int], float] | None:
@@ -179,10 +179,14 @@ def _across(per_group: int, columns: int, width: int) -> tuple[tuple[int, int], 
     return (16 * parts, pixels), 1 / (1 + TRANSPOSE / (columns * pixels))
 
 
-def _chunks(total: int, vectors: int, groups: int) -> int:
-    """Pieces of the row groups that may run in parallel where there are few tiles."""
+def _chunks(total: int, vectors: int, groups: int, pieces: int = 8) -> int:
+    """Pieces of the row groups that may run in parallel, where ``total`` vectors are few tiles: at least ``pieces`` of all,
+    and an even number of them unless one more or less makes no difference to two threads."""
     tiles = -(-total // vectors)
-    return min(max(1, 8 // tiles), max(1, groups))
+    chunks = max(1, pieces // tiles)
+    if tiles * chunks % 2 and 1 < tiles * chunks < EVEN:
+        chunks += 1
+    return min(chunks, max(1, groups))
 
 
 # ---- spaces ------------------------------------------------------------------------------------------------------
