@@ -213,13 +213,18 @@ class _Lowering(FlatValues):
         if self.plan.interleave > 1:
             raise InternalError(f"layer {self.name_of[n.var]}: no Winograd kernel for interleaved images")
         assert layer is not None and layer.weight is not None
-        buffer, src = self._contiguous(n.inputs[0])
+        phases, view = conv.phases(wl), wl.phase_view
+        if phases is None:
+            buffer, src = self._contiguous(n.inputs[0])
+        else:
+            buffer, src = self._phases(n.inputs[0], phases, self.name_of[n.var])
         dst = self._slot(self.plan.places[n.var])
         residuals = [self._contiguous(t) for t in n.inputs[1:]]
-        native = isinstance(wl, WinogradWorkload)
-        weight = layer.weight if native else winograd.transform(m, wl.kh).forward(layer.weight)
+        weight = layer.weight
+        if not isinstance(wl, WinogradWorkload):
+            weight = winograd.transform(m, view.kh).forward(winograd.phase_filters(wl, weight))
         slots = tuple(s for _, s in residuals)
-        site = WinogradSite(m, choice.rows == 0, choice.stored, wl, weight, src, dst, layer.program, slots)
+        site = WinogradSite(m, choice.rows == 0, choice.stored, view, weight, src, dst, layer.program, slots)
         kernel = site.build(site.default(target), target)
         args = [buffer, *(self._const(a) for a in kernel.constants), *self._channel_args(n), *(b for b, _ in residuals)]
         record = self._record(

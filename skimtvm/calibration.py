@@ -196,6 +196,9 @@ class Calibration:
         curves = self._curves.get(family(kernel, workload))
         if not curves:
             return 1.0
+        if outputs(kernel, workload):  # which see phase planes
+            assert isinstance(workload, ConvWorkload)
+            workload = workload.phase_view
         here, at = _place(workload), math.log(max(stored, 1e-9))
         total = weights = 0.0
         for curve in curves:

@@ -68,7 +68,8 @@ def choose(
         if m and isinstance(workload, ConvWorkload):
             stored *= winograd_work(m, workload)
             if kernel.winograd:
-                each *= (m + workload.kh - 1) ** 2 / workload.kh**2
+                view = workload.phase_view
+                each *= (m + view.kh - 1) ** 2 * view.row_length / (view.kh**2 * workload.row_length)
         return Choice(kernel.name, kernel.rows, reason, stored, m, each * stored_share(kernel, stats))
 
     def cost(kernel: Kernel) -> float:

@@ -33,8 +33,9 @@ def stored_share(kernel: Kernel, stats: SparsityStats) -> float:
 def winograd_work(m: int, workload: ConvWorkload) -> float:
     """Multiply-adds of the products at all positions, surplus lanes included, over those of the direct convolution."""
     tiles = workload.n * -(-workload.out_h // m) * -(-workload.out_w // m)
-    positions = (m + workload.kh - 1) ** 2
-    depth = workload.c // workload.groups
+    view = workload.phase_view
+    positions = (m + view.kh - 1) ** 2
+    depth = view.c // view.groups
     return round_up(tiles, LINE) * positions * depth * workload.k / workload.macs
 
 
@@ -47,10 +48,10 @@ def cost(kernel: Kernel, stored: float, workload: Workload) -> float:
     if not m:
         return stored / kernel.efficiency
     assert isinstance(workload, ConvWorkload)
-    size = (m, workload.kh)
+    view = workload.phase_view
     vectors = -(-workload.n * -(-workload.out_h // m) * -(-workload.out_w // m) // LINE)
-    transforms = vectors * (workload.c + workload.k) * TRANSFORM_CYCLES[size] / (workload.macs / LINE)
+    transforms = vectors * (view.c + view.k) * TRANSFORM_CYCLES[m, view.kh] / (workload.macs / LINE)
     product = stored * winograd_work(m, workload) / kernel.efficiency
-    bytes_each = kernel.weight_bytes * (m + workload.kh - 1) ** 2 / workload.kh**2
-    weights = stored * bytes_each * workload.k * workload.row_length * FLOPS_PER_BYTE / (2 * workload.macs)
+    bytes_each = kernel.weight_bytes * (m + view.kh - 1) ** 2 / view.kh**2
+    weights = stored * bytes_each * view.k * view.row_length * FLOPS_PER_BYTE / (2 * workload.macs)
     return transforms + max(product, weights)

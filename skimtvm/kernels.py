@@ -13,7 +13,7 @@ from .winograd import SIZES
 from .workload import ConvWorkload, DenseWorkload, WinogradWorkload
 
 # Both transforms of a vector of tiles, in cycles a channel, by (m, r); FLOPs at the peak in the time of a byte from memory.
-TRANSFORM_CYCLES = {(2, 3): 60.0, (4, 3): 350.0, (4, 5): 700.0}
+TRANSFORM_CYCLES = {(2, 3): 60.0, (4, 3): 350.0, (4, 4): 550.0, (4, 5): 700.0}
 FLOPS_PER_BYTE = 4.7
 FEW_ROWS = 8  # batches below this run the fc kernels; from here on the images of a batch fill vectors
 
@@ -46,10 +46,11 @@ class Kernel:
         if self.winograd:
             if not isinstance(workload, ConvWorkload):
                 return "made for convolutions"
-            square = workload.kh == workload.kw and (self.winograd, workload.kh) in SIZES
-            if not square or workload.strides != (1, 1) or workload.dilation != (1, 1):
+            view = workload.phase_view
+            square = view.kh == view.kw and (self.winograd, view.kh) in SIZES
+            if not square or workload.dilation != (1, 1) or view.out_shape != workload.out_shape:
                 sizes = " or ".join(f"{r}x{r}" for m, r in SIZES if m == self.winograd)
-                return f"made for {sizes} filters of stride 1"
+                return f"made for {sizes} filters, of stride 1 or of the phases of a strided convolution"
         if self.rows > 1:
             per_group = workload.k // workload.groups if isinstance(workload, ConvWorkload) else workload.n
             if per_group % self.rows:

@@ -23,7 +23,7 @@ from .relay_passes import simplify_passes
 from .relay_passes._utils import Graph, shape_of
 from .relay_passes.fuse_layers import FuseLayers
 from .relay_passes.join_batch import join
-from .relay_passes.layers import read_layer
+from .relay_passes.layers import Layer, read_layer
 from .relay_passes.legalize_rest import legalize_rest
 from .relay_passes.lower_layers import KnobSource, LowerLayers
 from .relay_passes.per_image import mixing
@@ -32,7 +32,7 @@ from .relay_passes.verify import verify_lowered
 from .report import LayerRecord
 from .schedules.winograd import BRIEF
 from .target import CpuTarget
-from .winograd import expected_error
+from .winograd import expected_error, phase_filters
 from .workload import ConvWorkload, WinogradWorkload
 
 Progress = Callable[[str, float], None]
@@ -106,7 +106,7 @@ def choose_kernels(
             threshold=threshold,
             force=force,
             tolerance=tolerance,
-            winograd_error=partial(expected_error, layer.weight)
+            winograd_error=partial(_winograd_error, layer)
             if not native and brief and (not direct or layer.name in force)
             else None,
             calibration=calibration,
@@ -116,6 +116,11 @@ def choose_kernels(
         known = ", ".join(sorted(choices)[:12]) + (" ..." if len(choices) > 12 else "")
         raise InvalidOption(f"--force {unknown[0]}: no such layer; the layers are {known}")
     return choices
+
+
+def _winograd_error(layer: Layer, m: int) -> float:
+    assert layer.weight is not None and isinstance(layer.workload, ConvWorkload)
+    return expected_error(phase_filters(layer.workload, layer.weight), m)
 
 
 def run(

@@ -6,12 +6,14 @@ NumPy only; onnx is imported where an ONNX message is made.
 
 In float32 the transforms magnify rounding: they add numbers larger than the result. Largest difference from float64 over
 the largest output, ordinary weights of 64 to 512 channels, rectified inputs, in units of 2^-23: direct 1 to 3, F(2x2,3x3)
-1 to 6, F(4x4,3x3) 10 to 60, F(4x4,5x5) 20 to 200. ``expected_error`` estimates it for the weights at hand.
+1 to 6, F(4x4,3x3) 10 to 60, F(4x4,4x4) 20 to 100, F(4x4,5x5) 20 to 200. ``expected_error`` estimates it for the weights
+at hand.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -21,11 +23,12 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import UnsupportedWorkload
+from .workload import ConvWorkload
 
 DOMAIN = "ai.skimtvm"
 FUNCTION_VERSION = 1  # of the domain: of what the functions mean
 MIN_OPSET, MIN_IR = 13, 8
-SIZES = ((4, 3), (2, 3), (4, 5))  # the (m, r) that layers can have
+SIZES = ((4, 3), (2, 3), (4, 5), (4, 4))  # the (m, r) that layers can have; 4x4 filters: a strided 7x7 in phases
 # Small points keep the transforms well conditioned; the point at infinity completes them.
 _POINTS = (Fraction(0), Fraction(1), Fraction(-1), Fraction(2), Fraction(-2), Fraction(1, 2), Fraction(-1, 2))
 
@@ -141,6 +144,23 @@ def _polynomial(roots: Sequence[Fraction]) -> list[Fraction]:
     for root in roots:
         p = [(p[k - 1] if k else Fraction(0)) - root * (p[k] if k < len(p) else 0) for k in range(len(p) + 1)]
     return p
+
+
+def phase_filters(workload: ConvWorkload, weight: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Filters of ``workload.phase_view`` that do what ``weight`` [k, c / groups, kh, kw] does: the tap that reads row i of
+    phase plane p of channel c becomes tap i of channel c * phases + p. The same array for stride 1."""
+    view = workload.phase_view
+    if view is workload:
+        return weight
+    (sy, sx), (dy, dx), (top, left, _, _) = workload.strides, workload.dilation, workload.padding
+    rows = [r * dy - top for r in range(workload.kh)]
+    cols = [s * dx - left for s in range(workload.kw)]
+    phases = list(itertools.product(sorted({r % sy for r in rows}), sorted({c % sx for c in cols})))
+    out = np.zeros((*weight.shape[:2], len(phases), view.kh, view.kw), weight.dtype)
+    for (i, row), (j, col) in itertools.product(enumerate(rows), enumerate(cols)):
+        plane = phases.index((row % sy, col % sx))
+        out[:, :, plane, row // sy + view.padding[0], col // sx + view.padding[1]] = weight[:, :, i, j]
+    return out.reshape(view.weight_shape)
 
 
 def of_tile(tile: int, r: int) -> Transform:

@@ -67,6 +67,19 @@ def _suffix(strides: Pair, padding: Padding, dilation: Pair) -> str:
     return join(strides, "s", None) + join(padding, "p", 0) + join(dilation, "d", 1)
 
 
+def _phase_axis(
+    size: int, kernel: int, stride: int, dilation: int, before: int, out: int
+) -> tuple[int, int, int, int, int]:
+    """Of a strided convolution along one axis: phases that its taps read, then extent, kernel, and padding on both sides of
+    the convolution over a phase plane."""
+    taps = [t * dilation - before for t in range(kernel)]
+    steps = [t // stride for t in taps]
+    reach, above = max(steps) - min(steps) + 1, -min(steps)
+    needed = out + reach - 1 - above
+    have = min(-(-size // stride), max(needed, 1))
+    return len({t % stride for t in taps}), have, reach, above, max(0, needed - have)
+
+
 @dataclass(frozen=True)
 class ConvWorkload(_Workload):
     """A 2-D convolution of f32[n, c, h, w] with f32[k, c / groups, kh, kw]."""
@@ -119,6 +132,19 @@ class ConvWorkload(_Workload):
     def macs(self) -> int:
         """Multiply-adds of the dense layer, padding included."""
         return self.n * self.k * self.out_h * self.out_w * self.row_length
+
+    @property
+    def phase_view(self) -> ConvWorkload:
+        """The convolution of stride 1 over the input's phase planes (``layout.Phases``) that computes the same; itself for
+        stride 1. Its filters are those of ``winograd.phase_filters``."""
+        if self.strides == (1, 1):
+            return self
+        top, left, _, _ = self.padding
+        rows = _phase_axis(self.h, self.kh, self.strides[0], self.dilation[0], top, self.out_h)
+        cols = _phase_axis(self.w, self.kw, self.strides[1], self.dilation[1], left, self.out_w)
+        (rp, h, kh, above, below), (cp, w, kw, before, after) = rows, cols
+        padding = (above, before, below, after)
+        return ConvWorkload(self.n, self.c * rp * cp, h, w, self.k, kh, kw, padding=padding, groups=self.groups)
 
     def __str__(self) -> str:
         shapes = "{}x{}x{}x{} * {}x{}x{}x{}".format(self.n, self.c, self.h, self.w, *self.weight_shape)

@@ -22,8 +22,8 @@ from skimtvm.schedules import winograd_conv2d as wino
 from skimtvm.schedules.pointwise import Instr, Program, Slot
 from skimtvm.schedules.winograd import WinogradGemm, emit
 from skimtvm.target import TARGETS
-from skimtvm.winograd import SIZES, expected_error, transform
-from skimtvm.workload import WinogradWorkload
+from skimtvm.winograd import SIZES, expected_error, phase_filters, transform
+from skimtvm.workload import ConvWorkload, WinogradWorkload
 
 from .helpers import conv_reference, gamma, gaps, pack, pixel_index, unpack
 
@@ -117,6 +117,7 @@ VARIANTS = {
     "tall": W(1, 3, 70, 9, w=3),
     "many-channels": W(1, 130, 7, 70),
     "5x5-asymmetric": W(1, 3, 9, 5, r=5, p=(4, 0, 1, 3)),
+    "4x4-phases": W(1, 12, 30, 9, r=4, p=(2, 2, 1, 1)),
 }
 
 
@@ -166,12 +167,13 @@ def test_definitions(m: int, r: int) -> None:
     assert (np.abs(got - want) <= gamma(4 * f.tile**2) * bound).all()
 
 
-@pytest.mark.parametrize(("m", "r", "growth"), [(2, 3, 6), (4, 3, 60), (4, 5, 200)])
+@pytest.mark.parametrize(("m", "r", "growth"), [(2, 3, 6), (4, 3, 60), (4, 4, 100), (4, 5, 200)])
 def test_error_of_each_variant_against_direct_convolution(m: int, r: int, growth: float) -> None:
     """The growth that the docstring of skimtvm.winograd states, on ordinary weights; the estimate covers it."""
     rng = np.random.default_rng(5)
     weight = rng.standard_normal((32, 64, r, r)).astype(np.float32)
-    wl = W(1, 64, 14, 32, p=r // 2, r=r, m=m)
+    before, after = r // 2, (r - 1) // 2
+    wl = W(1, 64, 14, 32, p=(before, before, after, after), r=r, m=m)
     x = np.maximum(rng.standard_normal((1, 64, 14, 14)), 0).astype(np.float32)
     target = TARGETS["znver4"]
     halo = conv.halo(wl)
@@ -199,6 +201,39 @@ def test_estimate_sees_weights_that_lose_digits() -> None:
     assert expected_error(edges, 4) > 2 * ordinary
     assert expected_error(np.full((4, 4, 3, 3), 1e38, np.float32), 4) == np.inf
     assert expected_error(np.zeros((4, 4, 3, 3), np.float32), 4) == 0
+
+
+STRIDED = {
+    "resnet": ConvWorkload(1, 3, 32, 34, 4, 7, 7, strides=(2, 2), padding=(3, 3, 3, 3)),
+    "alexnet": ConvWorkload(1, 3, 39, 39, 4, 11, 11, strides=(4, 4)),
+    "unread-rows": ConvWorkload(2, 2, 16, 12, 3, 5, 5, strides=(2, 2)),
+    "asymmetric-groups": ConvWorkload(2, 4, 13, 18, 6, 5, 6, strides=(2, 2), padding=(0, 3, 2, 1), groups=2),
+    "one-axis": ConvWorkload(1, 2, 15, 9, 3, 5, 3, strides=(2, 1), padding=(2, 1, 2, 1)),
+    "gaps": ConvWorkload(1, 2, 15, 15, 3, 2, 2, strides=(3, 3)),
+    "dilated": ConvWorkload(1, 2, 15, 15, 3, 3, 3, strides=(2, 2), padding=(1, 1, 1, 1), dilation=(3, 2)),
+}
+
+
+@pytest.mark.parametrize("name", STRIDED)
+def test_phase_views_compute_the_strided_convolution(name: str) -> None:
+    wl, rng = STRIDED[name], np.random.default_rng(0)
+    view, split = wl.phase_view, conv.phases(wl)
+    assert split is not None and view.strides == (1, 1) and view.out_shape == wl.out_shape
+    x = rng.standard_normal((wl.n, wl.c, wl.h, wl.w)).astype(np.float32)
+    weight = rng.standard_normal(wl.weight_shape)
+    planes = np.zeros((wl.n, wl.c, len(split.index), *split.shape(wl.h, wl.w)), np.float32)
+    for p, (py, px) in enumerate(split.index):
+        part = x[:, :, py :: split.sy, px :: split.sx]
+        planes[:, :, p, : part.shape[2], : part.shape[3]] = part
+    planes = planes.reshape(wl.n, view.c, *planes.shape[3:])[:, :, : view.h, : view.w]
+    got = conv_reference(view, planes, phase_filters(wl, weight))
+    np.testing.assert_allclose(got, conv_reference(wl, x, weight), rtol=1e-9, atol=1e-9)
+
+
+def test_views_of_stride_1_are_the_layer_itself() -> None:
+    wl = ConvWorkload(1, 2, 9, 9, 3, 3, 3, dilation=(2, 2))
+    weight = np.ones(wl.weight_shape)
+    assert wl.phase_view is wl and phase_filters(wl, weight) is weight
 
 
 def test_refusals() -> None:

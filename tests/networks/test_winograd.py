@@ -112,6 +112,34 @@ def test_forced_kernels_and_batches() -> None:
         assert kernel in kernels(compiled)["Conv_0"]
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(
+    ("kernel", "attrs"),
+    [
+        (7, {"strides": [2, 2], "pads": [3, 3, 3, 3]}),
+        (11, {"strides": [4, 4], "pads": [2, 1, 1, 3]}),
+        (5, {"strides": [2, 2], "pads": [2, 1, 2, 1], "groups": 2}),
+    ],
+)
+def test_strided_convolutions_by_their_phases(kernel: int, attrs: dict[str, Any], batch: int) -> None:
+    net = Net(batch, 4, 39, 36)
+    first = net.op("Relu", net.conv("x", 4, 16, kernel, **attrs))
+    model = net.model(net.op("MaxPool", first, kernel_shape=[3, 3], strides=[2, 2]))
+    compiled = check(model, CompileOptions(force=(("Conv_0", "winograd4"),)))
+    record = next(layer for layer in compiled.manifest.layers if layer.macs)
+    assert "winograd4" in record.kernel and record.weights == 16 * 4 // attrs.get("groups", 1) * kernel**2
+    assert any(layer.op == "split_phases" for layer in compiled.manifest.layers)
+
+
+def test_a_dense_first_layer_takes_winograd_by_itself() -> None:
+    net = Net(1, 3, 112, 112)
+    compiled = check(net.model(net.op("Relu", net.conv("x", 3, 64, 7, strides=[2, 2], pads=[3] * 4))))
+    assert "dense_winograd4" in kernels(compiled)["Conv_0"]
+    small = Net(1, 16, 28, 28)  # a 3x3 of stride 2 has phases of 2x2: nothing to gain
+    compiled = check(small.model(small.op("Relu", small.conv("x", 16, 32, 3, strides=[2, 2]))))
+    assert "winograd" not in kernels(compiled)["Conv_0"]
+
+
 def test_compile_explains_the_choice(tmp_path: Path) -> None:
     net = WinogradNet(1, 32, 14, 14)
     onnx.save(net.model(net.op("Relu", net.native(net.conv("x", 32, 32), 32, 32))), tmp_path / "m.onnx")
