@@ -143,6 +143,18 @@ def test_global_average() -> None:
     np.testing.assert_allclose(got.reshape(32, 9), x.mean((2, 3)), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("lanes", [8, 16])
+@pytest.mark.parametrize("channels", [1, 3, 21, 60, 64, 256, 1024])
+def test_few_channels_of_the_pixels_of_a_tile_spread_over_the_l1_cache(channels: int, lanes: int) -> None:
+    """8 lines of each of 32 neighbouring pixels: 4 lines a set if they were even; one pixel beside the other makes 8."""
+    layout = interleaved(lanes, channels, 1, 32, Halo(), lanes)
+    block = min(channels * lanes // 16, 8)
+    lines = {(x * layout.x_pitch // 16) + i for x in range(32) for i in range(block)}
+    used = np.bincount([line % 64 for line in lines], minlength=64)
+    assert used.max() <= 5
+    assert layout.x_pitch <= (channels + 24) * lanes
+
+
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="do not divide"):
         interleaved(17, 1, 1, 1, Halo(), 16)
