@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -174,6 +175,7 @@ def build(
         strides=wl.strides if s.interleave > 1 else (1, 1),
         below=max(t[1] for t in taps(wl, interleaved=True)) if s.interleave > 1 else 0,
     )
+    gemm = dataclasses.replace(gemm, fetch=gemm.fetched_with(sum(m.column.size for m in matrices)))
     constants: list[Array] = []
     for m in matrices:
         if not m.dense:
