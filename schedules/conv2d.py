@@ -14,6 +14,7 @@ from ..formats.gather import GatherMatrix, encode
 from ..layout import Halo, Layout, Phases
 from ..target import CpuTarget
 from ..workload import ConvWorkload
+from . import aligned
 from . import knobs as knobs_model
 from .gather_gemm import Gemm, Knobs, RowRun
 from .interleaved import whole_band
@@ -118,8 +119,16 @@ def _cuts(m: GatherMatrix, chunks: int) -> npt.NDArray[np.int32]:
     return np.concatenate([[0], inner, [m.groups]]).astype(np.int32)
 
 
-def _check(wl: ConvWorkload, s: Layout, d: Layout, knobs: Knobs) -> None:
-    """Raise InternalError unless the kernel can run between these layouts."""
+def copies(wl: ConvWorkload, src: Slot, vectors: int, lanes: int) -> aligned.Copies:
+    """What aligned knobs copy of a source tile."""
+    split = phases(wl)
+    return aligned.plan(wl, taps(wl), src.layout, len(split.index) if split else 1, vectors, lanes)
+
+
+def _check(wl: ConvWorkload, s: Layout, d: Layout, knobs: Knobs, ordered: bool) -> None:
+    """Raise InternalError unless the kernel can run between these layouts. ``ordered``: input channels lie in order."""
+    if knobs.aligned and (knobs.dense or s.interleave > 1 or not ordered):
+        raise InternalError(f"convolution {wl}: only sparse layers of ordered planes read aligned copies")
     if s.interleave != d.interleave:
         raise InternalError(f"convolution {wl}: only one of source and output is interleaved: {s} and {d}")
     if s.interleave > 1:
@@ -150,12 +159,13 @@ def build(
     be interleaved.
     """
     s, d = src.layout, dst.layout
-    _check(wl, s, d, knobs)
+    _check(wl, s, d, knobs, channels is None)
     matrices = encode(
         weight, conv_groups=wl.groups, rows=knobs.rows, channel_block=knobs.channel_block, dense=knobs.dense
     )
     cg, kk = wl.c // wl.groups, wl.kh * wl.kw
-    address = offsets(wl, src, channels)
+    copied = copies(wl, src, knobs.vectors, knobs.lanes) if knobs.aligned else None
+    address = offsets(wl, src, channels) if copied is None else copied.offsets(knobs.channel_block)
     if knobs.dense and wl.groups > 1:
         step = address.reshape(wl.groups, -1)
         if not (np.diff(step, axis=0) == step[1] - step[0]).all() or np.ptp(step[1] - step[0]):
@@ -174,6 +184,7 @@ def build(
         tensors=tensors,
         strides=wl.strides if s.interleave > 1 else (1, 1),
         below=max(t[1] for t in taps(wl, interleaved=True)) if s.interleave > 1 else 0,
+        copies=copied,
     )
     gemm = dataclasses.replace(gemm, fetch=gemm.fetched_with(sum(m.column.size for m in matrices)))
     constants: list[Array] = []

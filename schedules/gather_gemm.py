@@ -18,7 +18,7 @@ of rows (``relay_passes/bands.py``).
 Loops (one code variant for each run of row groups and for full and last tiles)::
 
     for tile, chunk in parallel:              # tiles of V * lanes positions; chunks of row groups, cut by nonzeros
-        for block in channel blocks:          # block of the source tile stays in L1
+        for block in channel blocks:          # block of the source tile stays in L1 (or copies of it: aligned.py)
             for g in row groups of the chunk:
                 acc[R][V] = bias | out        # out holds partial sums between blocks
                 for e in ip[block, g] .. ip[block, g + 1]:
@@ -42,6 +42,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as B
 
 from ..layout import LINE, Layout
+from .aligned import Copies
 from .emit import broadcast, fetch, finish, kernel_attrs, loop, store, vector, zeros
 from .interleaved import Band
 from .pointwise import Program, Slot, split_bias
@@ -58,7 +59,7 @@ class Knobs:
     pieces that the row groups are cut into; ``dense``: every column is stored, without ``ip``; ``lanes``: floats in a
     vector, which may be half a register where whole ones would leave many lanes without a pixel; ``across``: lanes are
     output channels (``across.py``), R of them, and V counts pixels; ``ahead``: cache lines of weights that are fetched
-    ahead of their use."""
+    ahead of their use; ``aligned``: taps read copies of the source tile, a vector at a time (``aligned.py``)."""
 
     rows: int
     vectors: int
@@ -68,6 +69,7 @@ class Knobs:
     lanes: int = 16
     across: bool = False
     ahead: int = CSR_AHEAD
+    aligned: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ class Gemm:
     strides: tuple[int, int] = (1, 1)  # of source pixels, in interleaved layouts
     below: int = 0  # rows of the source that the taps reach below a pixel, in interleaved layouts
     fetch: int = 0  # cache lines of the next tile's source to fetch with each entry; 0: with each row group
+    copies: Copies | None = None  # what is read in place of the source, with aligned knobs
 
     @property
     def slots(self) -> tuple[Slot, ...]:
@@ -262,8 +265,14 @@ class Body:
         first_vector, count, vectors = tiles
         q = Tile(self.gemm, row, B.bind(first_vector + (tile - first_tile) * vectors), self.band)
         edges = {"first": tile if first_tile == 0 else None, "last": tile if first_tile + count == total else None}
+        copies = self.gemm.copies
+        if copies is not None:
+            self.copied = B.alloc_buffer((copies.floats(self.gemm.knobs.channel_block),), "float32")
         for r in self.runs:
             with loop(r.run.blocks) as block:
+                if copies is not None:
+                    first = B.bind(self.gemm.src.base + q.at(0))
+                    copies.emit(self.src, first, self.copied, block, self.gemm.knobs.channel_block, vectors, self.lanes)
                 at = r.index * (self.gemm.knobs.chunks + 1) + chunk
                 with span(self.cut[at], self.cut[at + 1]) as g:
                     self._group(r, block, B.bind(g), q, vectors, edges, total)
@@ -336,6 +345,9 @@ class Body:
                 share = -(-gemm.lines(vectors) // (run.groups * run.blocks))
                 for i in range(share):
                     fetch(self.src, following + ((block * run.groups + g) * share + i) * LINE)
+        source = self.src
+        if gemm.copies is not None:
+            source, base = self.copied, 0
         with span(low, high) as e:
             if r.ip is None and gemm.knobs.ahead:
                 fetch(r.data, (skip + e) * run.rows + gemm.knobs.ahead * LINE)
@@ -345,7 +357,7 @@ class Body:
             at = B.bind(base + r.off[e])
             weights = [B.bind(r.data[(skip + e) * run.rows + i]) for i in range(run.rows)]
             for v in range(vectors):
-                x = B.bind(vector(self.src, at + v * step, lanes))
+                x = B.bind(vector(source, at + v * step, lanes))
                 for i in range(run.rows):
                     put(i, v, get(i, v) + broadcast(weights[i], lanes) * x)
 

@@ -17,12 +17,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from ..layout import round_up
+from ..layout import LINE, round_up
 from ..target import CpuTarget
 from ..workload import ConvWorkload, DenseWorkload
+from .aligned import Copies
 from .dense import FcKnobs
 from .gather_gemm import DENSE_AHEAD, Knobs
 from .pointwise import Slot
@@ -106,9 +107,11 @@ def default_knobs(
     return best[1]
 
 
-def footprint(wl: ConvWorkload, knobs: Knobs, src: Slot, taps: Sequence[Tap]) -> int:
-    """Bytes of the source that a tile and channel block touch."""
+def footprint(wl: ConvWorkload, knobs: Knobs, src: Slot, taps: Sequence[Tap], copies: Copies | None = None) -> int:
+    """Bytes of the source, or of the copies of it, that a tile and channel block touch (of one convolution group)."""
     images = src.layout.interleave
+    if copies is not None:
+        return 4 * copies.floats(knobs.channel_block) // copies.groups
     if images > 1:
         lines = interleaved_lines(taps, knobs.vectors, wl.strides[1]) * images // 16
     else:
@@ -125,9 +128,10 @@ def cycles(
     taps: Sequence[Tap],
     stored: float,
     blocks: int | None = None,
+    copies: Copies | None = None,
 ) -> float:
     """The model's cycles for one row group on all positions (interleaved: on a row); ``stored`` as in
-    ``default_knobs``."""
+    ``default_knobs``; ``copies``: of aligned knobs."""
     cg, images = wl.c // wl.groups, dst.layout.interleave
     rows, vectors, lanes = knobs.rows, knobs.vectors, knobs.lanes
     blocks = blocks or -(-cg // knobs.channel_block)
@@ -135,12 +139,16 @@ def cycles(
     unit = 1.0 if lanes == target.lanes else NARROW[False]
     aligned = images > 1 or all(t[1] == t[2] == 0 for t in taps)
     load = (NARROW[True] if lanes < target.lanes else 1.0) if aligned else CROSSING * unit
-    excess = math.log2(max(1.0, footprint(wl, knobs, src, taps) / target.l1_bytes))
+    copying, touched = 0.0, footprint(wl, knobs, src, taps, copies)
+    if copies is not None:
+        load = NARROW[True] if lanes < target.lanes else 1.0
+        copying = COPY / LINE * copies.floats(cg) * knobs.chunks / (wl.k / rows)
+    excess = math.log2(max(1.0, touched / target.l1_bytes))
     slow = 1 + (0.30 if len(taps) == 1 else 0.25) * excess
     entry = max(vectors * rows * unit, vectors * load * slow + rows / 2) + ENTRY
     visit = VISIT + vectors * rows * unit * (2 if blocks > 1 else 1)
     total = dst.layout.w if images > 1 else -(-dst.layout.positions // lanes)
-    return total / vectors * (entries * entry + blocks * visit)
+    return total / vectors * (entries * entry + blocks * visit + copying)
 
 
 def _dense(rows: int, per_group: int, positions: int, cg: int, wl: ConvWorkload, target: CpuTarget, dst: Slot) -> Knobs:
@@ -193,6 +201,10 @@ def _chunks(total: int, vectors: int, groups: int, pieces: int = 8) -> int:
 
 ACCUMULATOR_BYTES = 1008  # of one row: TVM puts buffers from 1 KB on to the heap
 SHORTEST = 16  # positions in a tile, unless the plane has fewer
+COPIES_SHARE = 0.25  # of L2, for the aligned copies of a tile
+ALIGNED_PIECES = 4  # parallel pieces of a layer that copies its tiles in each
+ALIGNED_SHORTEST = 40  # positions in such a tile
+COPY = 4.0  # cycles to copy a line
 BLOCKS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32)
 DENSE_ROWS = (3, 4, 6, 8, 12)
 AHEAD = {True: (0, DENSE_AHEAD), False: (0, 4)}  # by whether every column is stored
@@ -224,17 +236,20 @@ def heights(rows: int, total: int, lanes: int, target: CpuTarget) -> tuple[int, 
 @dataclass(frozen=True)
 class ConvSpace:
     """Legal knobs of one gather GEMM. ``tiles``: (rows, lanes, vectors) that fit the registers; ``blocks``: channel
-    blocks that differ in their number; ``start``: the default, which is always a member."""
+    blocks that differ in their number; ``start``: the default, which is always a member; ``aligned``: those that read
+    aligned copies."""
 
     start: Knobs
     tiles: tuple[tuple[int, int, int], ...]
     blocks: tuple[int, ...]
     chunks: tuple[int, ...]
     ahead: tuple[int, ...]
+    aligned: tuple[Knobs, ...] = ()
 
     def __iter__(self) -> Iterator[Knobs]:
         seen = {self.start}
         yield self.start
+        yield from self.aligned
         for tile, block, chunks, ahead in itertools.product(self.tiles, self.blocks, self.chunks, self.ahead):
             rows, lanes, vectors = tile
             knobs = dataclasses.replace(
@@ -272,8 +287,26 @@ class FcSpace:
 Space = ConvSpace | FcSpace
 
 
-def conv_space(wl: ConvWorkload, dst: Slot, start: Knobs, target: CpuTarget, threads: int) -> ConvSpace:
-    """``start``: the default knobs, whose format stays."""
+def copies_fit(knobs: Knobs, copies: Copies | None, target: CpuTarget) -> bool:
+    """Whether aligned ``knobs`` are legal: ``copies`` (of such knobs; None where a layer has none) take a share of L2."""
+    return copies is not None and 4 * copies.floats(knobs.channel_block) <= COPIES_SHARE * target.l2_bytes
+
+
+def aligned_chunks(knobs: Knobs, positions: int, groups: int) -> int:
+    """Parallel pieces of aligned knobs: few, since each copies its tile."""
+    return _chunks(-(-positions // knobs.lanes), knobs.vectors, groups, ALIGNED_PIECES)
+
+
+def conv_space(
+    wl: ConvWorkload,
+    dst: Slot,
+    start: Knobs,
+    target: CpuTarget,
+    threads: int,
+    copies: Callable[[int, int], Copies | None] = lambda vectors, lanes: None,
+) -> ConvSpace:
+    """``start``: the default knobs, whose format stays; ``copies``: what aligned knobs of a tile (vectors, lanes) copy, None
+    where there are none."""
     cg, images = wl.c // wl.groups, dst.layout.interleave
     positions = dst.layout.w * images if images > 1 else dst.layout.positions
     if start.across:  # pixels and channels change places: a kernel of its own, whose only knobs are its default
@@ -291,7 +324,14 @@ def conv_space(wl: ConvWorkload, dst: Slot, start: Knobs, target: CpuTarget, thr
     blocks = tuple(sorted({-(-cg // n) for n in BLOCKS if n <= cg}, reverse=True))
     pieces = {start.chunks} if threads == 1 else {start.chunks, 1, threads, 2 * threads, 4 * threads}
     chunks = tuple(sorted(c for c in pieces if c <= max(1, wl.k // start.rows)))
-    return ConvSpace(start, tiles, (cg,) if start.dense else blocks, chunks, AHEAD[start.dense])
+    aligned = []
+    for (r, lanes, v), block, ahead in itertools.product(tiles, blocks, AHEAD[False]):
+        knobs = dataclasses.replace(
+            start, rows=r, lanes=lanes, vectors=v, channel_block=block, ahead=ahead, aligned=True
+        )
+        if v * lanes >= ALIGNED_SHORTEST and copies_fit(knobs, copies(v, lanes), target):
+            aligned.append(dataclasses.replace(knobs, chunks=aligned_chunks(knobs, positions, wl.k // r)))
+    return ConvSpace(start, tiles, (cg,) if start.dense else blocks, chunks, AHEAD[start.dense], tuple(aligned))
 
 
 def fc_default(wl: DenseWorkload, dense: bool, target: CpuTarget) -> FcKnobs:

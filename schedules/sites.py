@@ -22,6 +22,7 @@ from ..workload import ConvWorkload, DenseWorkload
 from . import conv2d, dense, gather_gemm, winograd
 from . import knobs as model
 from . import winograd_conv2d as wino
+from .aligned import Copies
 from .dense import FcKnobs
 from .gather_gemm import Knobs
 from .knobs import ConvSpace, FcSpace
@@ -84,7 +85,15 @@ class ConvSite:
 
     def space(self, target: CpuTarget, threads: int = 1) -> ConvSpace:
         """Legal knobs of this site; those of ``default`` are among them."""
-        return model.conv_space(self.workload, self.dst, self.default(target), target, threads)
+        return model.conv_space(self.workload, self.dst, self.default(target), target, threads, self.copies)
+
+    def copies(self, vectors: int, lanes: int) -> Copies | None:
+        """What aligned knobs copy; None where taps are aligned anyway, or loads are few, or channels not in order."""
+        wl = self.workload
+        interleaved = self.dst.layout.interleave > 1
+        if self.rows != 1 or self.kernel == "dense" or interleaved or self.channels is not None or wl.kh * wl.kw == 1:
+            return None
+        return conv2d.copies(wl, self.src, vectors, lanes)
 
     def build(self, knobs: AnyKnobs, target: CpuTarget) -> Built:
         assert isinstance(knobs, Knobs)
@@ -195,6 +204,8 @@ AnySite = Site | WinogradSite
 
 # ---- versions ----------------------------------------------------------------------------------------------------
 
+LATER = ("aligned",)  # knobs that came after records: those of kernels without them stay valid
+
 
 @cache
 def version(name: str, target: CpuTarget) -> str:
@@ -206,7 +217,8 @@ def version(name: str, target: CpuTarget) -> str:
         default: Any = site.default(target)
         knobs = dataclasses.replace(default, **changes)
         built = site.build(knobs, target)
-        digest.update(f"{type(knobs).__name__}{dataclasses.asdict(knobs)}{built.emit().script()}".encode())
+        values = {name: v for name, v in dataclasses.asdict(knobs).items() if v or name not in LATER}
+        digest.update(f"{type(knobs).__name__}{values}{built.emit().script()}".encode())
         for array in built.constants:
             digest.update(array.tobytes())
     return digest.hexdigest()[:12]
@@ -231,4 +243,8 @@ def _samples(kernel: str, op: str) -> list[tuple[AnySite, dict[str, int]]]:
         u: F32 = (rng.standard_normal(shape) * (rng.random(shape) < 0.3)).astype(np.float32)
         return [(WinogradSite(int(op[-1]), kernel == "dense", 0.3, wl, u, *slots, relu), {})]
     conv = ConvSite(kernel, rows, 0.3, wl, weight, *slots, relu)
-    return [(conv, {}), (conv, {} if kernel == "dense" else {"channel_block": 2})]
+    samples: list[tuple[AnySite, dict[str, int]]] = [
+        (conv, {}),
+        (conv, {} if kernel == "dense" else {"channel_block": 2}),
+    ]
+    return samples + ([(conv, {"channel_block": 2, "aligned": True})] if kernel == "csr" else [])

@@ -19,7 +19,8 @@ NAMES = (
     "fc", "rows stored together", "density", "nonzeros a row", "row imbalance", "taps", "input channels",
     "output channels", "positions", "weight bytes / L2", "rows", "vectors", "lanes", "tile width", "tiles",
     "share of lanes used", "channel blocks", "entries a visit", "footprint / L1", "footprint / L2",
-    "footprint / that of the default", "ahead", "sums", "model cycles / those of the default",
+    "footprint / that of the default", "ahead", "sums", "aligned", "copied lines / multiply-adds",
+    "model cycles / those of the default",
 )  # fmt: skip
 
 
@@ -35,7 +36,7 @@ def features(task: Task, candidates: Sequence[AnyKnobs]) -> F32:
         head = [1, 1, s.density, s.row_mean, imbalance, 1, wl.k, wl.n, wl.m, weights]
         for k in candidates:
             assert not isinstance(k, Knobs)
-            rows.append([*head, 1, k.vectors, 1, 1, 1, 1, 1, s.row_mean, 1, 1, 1, k.ahead, k.sums, 1])
+            rows.append([*head, 1, k.vectors, 1, 1, 1, 1, 1, s.row_mean, 1, 1, 1, k.ahead, k.sums, 0, 0, 1])
         return _logs(rows)
     conv, taps = site.workload, conv2d.taps(site.workload, interleaved=site.dst.layout.interleave > 1)
     cg, positions = conv.c // conv.groups, site.dst.layout.positions
@@ -48,12 +49,14 @@ def features(task: Task, candidates: Sequence[AnyKnobs]) -> F32:
         blocks = -(-cg // k.channel_block)
         total = site.dst.layout.w if site.dst.layout.interleave > 1 else -(-positions // k.lanes)
         tiles = -(-total // k.vectors)
-        bytes_ = footprint(conv, k, site.src, taps)
-        cost = cycles(conv, k, site.src, site.dst, target, taps, s.stored) / k.rows
+        copies = site.copies(k.vectors, k.lanes) if k.aligned else None
+        bytes_ = footprint(conv, k, site.src, taps, copies)
+        cost = cycles(conv, k, site.src, site.dst, target, taps, s.stored, copies=copies) / k.rows
+        copied = copies.floats(cg) / 16 * k.chunks / (s.nnz * k.vectors * k.lanes / 16) if copies and s.nnz else 0
         rows.append([
             *head, k.rows, k.vectors, k.lanes, k.vectors * k.lanes, tiles, min(1.0, total / (tiles * k.vectors)),
             blocks, s.row_mean / blocks, bytes_ / target.l1_bytes, bytes_ / target.l2_bytes, bytes_ / base, k.ahead, 1,
-            cost / slow * default.rows,
+            k.aligned, copied, cost / slow * default.rows,
         ])  # fmt: skip
     return _logs(rows)
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..schedules.gather_gemm import Knobs
-from ..schedules.knobs import fits
+from ..schedules.knobs import aligned_chunks, copies_fit, fits
 from ..schedules.sites import AnyKnobs, ConvSite, Site, version
 from ..target import CpuTarget
 from .log import Log, Record, Sparsity
@@ -49,6 +49,11 @@ def knobs_from(site: Site, raw: Mapping[str, Any], target: CpuTarget) -> AnyKnob
             return None
         if not knobs.dense and knobs.rows != default.rows:
             return None
+        if knobs.aligned and isinstance(site, ConvSite):
+            if not copies_fit(knobs, site.copies(knobs.vectors, knobs.lanes), target):
+                return None
+            groups = site.workload.k // knobs.rows
+            return dataclasses.replace(knobs, chunks=aligned_chunks(knobs, site.dst.layout.positions, groups))
         if isinstance(site, ConvSite) and site.dst.layout.interleave > 1 and knobs.lanes != default.lanes:
             return None
     return knobs

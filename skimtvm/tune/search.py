@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import EnvironmentProblem, InvalidOption
+from ..schedules.gather_gemm import Knobs
 from ..schedules.sites import AnyKnobs
 from .features import F32, features
 from .tasks import Task
@@ -17,6 +18,7 @@ from .tasks import Task
 BATCH = 8
 EPSILON = 0.2  # share of a batch that is random, so that the model also sees what it does not like
 FEW = 8  # trials that a model needs
+ALIKE = 2  # candidates of a batch that the model chose for the same tile: more would teach it little
 WORST = -3.0  # score of a failed candidate: log2 of an eighth of the default's speed
 METHODS = ("xgboost", "random")
 
@@ -30,6 +32,11 @@ def xgboost() -> Any:
             "tuning with a model needs XGBoost: pip install 'skimtvm[tune]', or --search random"
         ) from None
     return package
+
+
+def _kind(knobs: AnyKnobs) -> object:
+    """What candidates have in common that run at similar speed."""
+    return (knobs.vectors, knobs.lanes, knobs.aligned) if isinstance(knobs, Knobs) else knobs.ahead
 
 
 @dataclass
@@ -116,12 +123,15 @@ class Search:
             return self._random(count, take, chosen)
         while self.queue and len(chosen) < max(1, count // 2):
             take(self.queue.pop(0))
-        explore = max(1, round(EPSILON * count))
-        order = self._ranked()
-        for knobs in order:
+        explore = max(1, round((EPSILON if len(self.samples) >= FEW else 0.5) * count))
+        kinds: dict[object, int] = {}
+        for knobs in self._ranked():
             if len(chosen) >= count - explore:
                 break
-            take(knobs)
+            kind = _kind(knobs)
+            kinds[kind] = kinds.get(kind, 0) + 1
+            if kinds[kind] <= ALIKE:
+                take(knobs)
         return self._random(count, take, chosen)
 
     def _random(self, count: int, take: Any, chosen: list[AnyKnobs]) -> list[AnyKnobs]:

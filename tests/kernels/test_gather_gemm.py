@@ -157,6 +157,36 @@ def test_blocks_and_chunks_change_nothing(chunks: int, channel_block: int) -> No
     check(make(WORKLOADS["channel-blocks"], TARGETS["znver4"], "csr", chunks=chunks, channel_block=channel_block))
 
 
+@pytest.mark.parametrize("name", [n for n, wl in WORKLOADS.items() if wl.kh * wl.kw > 1])
+@pytest.mark.parametrize("cpu, lanes", [("znver4", 16), ("znver4", 8), ("haswell", 8)])
+def test_aligned_copies(name: str, cpu: str, lanes: int) -> None:
+    """Phase planes, groups, dilation; several blocks of which the last is smaller; tiles of two heights."""
+    wl = WORKLOADS[name]
+    block = 5 if wl.c > 8 else 2
+    case = make(wl, TARGETS[cpu], "csr", lanes=lanes, vectors=2, channel_block=block, chunks=2, aligned=True)
+    check(case)
+    copies = case.kernel.gemm.copies
+    assert copies is not None and all(place % lanes == 0 for place in copies.taps)
+    assert (case.kernel.constants[1] < copies.floats(block)).all()
+
+
+def test_aligned_copies_are_for_sparse_planes() -> None:
+    with pytest.raises(InternalError, match="aligned copies"):
+        make(WORKLOADS["same3x3"], TARGETS["znver4"], "dense", aligned=True)
+
+
+def test_taps_of_one_alignment_share_a_copy() -> None:
+    wl = W(1, 4, 14, 4, 3, p=1)
+    for pitch, count in ((16, 3), (15, 5), (8, 6), (29, 9)):  # of rows, in floats; vectors of 16
+        layout = (
+            plane(1, 4, 14, 14, Space(pitch, 15), conv.halo(wl))
+            if pitch >= 15
+            else plane(1, 4, 7, 7, Space(8, 8), conv.halo(wl))
+        )
+        assert layout.row_pitch == pitch
+        assert len(conv.copies(wl, Slot(layout, layout.size), 7, 16).copies) == count
+
+
 @pytest.mark.parametrize("vectors", range(1, 9))
 def test_every_tile_height(vectors: int) -> None:
     check(make(W(1, 3, 15, 5, 3, p=1), TARGETS["znver4"], "csr", vectors=vectors))

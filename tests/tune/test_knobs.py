@@ -47,6 +47,10 @@ def test_conv_spaces_are_legal(name: str, cpu: str) -> None:
         assert x.lanes in (8, 16) and x.lanes <= target.lanes
         assert x.rows * x.vectors < target.registers and x.vectors * x.lanes * 4 < 1024
         assert 1 <= x.channel_block <= cg and x.dense == (site.kernel == "dense")
+        assert not x.aligned or (name in ("csr", "wide") and x.vectors * x.lanes >= k.ALIGNED_SHORTEST)
+        if x.aligned:
+            copies = site.copies(x.vectors, x.lanes)
+            assert copies is not None and 4 * copies.floats(x.channel_block) <= target.l2_bytes / 4
         total = -(-site.dst.layout.positions // x.lanes)
         assert x.vectors == -(-total // -(-total // x.vectors)), "a lower tile would give as many tiles"
 
@@ -62,7 +66,7 @@ def _spills(site: ConvSite | FcSite, knobs: k.Knobs | k.FcKnobs, target: CpuTarg
     """Vector registers that are stored to the stack in loops that multiply."""
     func = site.build(knobs, target).emit().with_attr("global_symbol", "main")
     asm = tvm.compile(func, target=target.tvm()).mod.inspect_source("asm")
-    assert "AllocWorkspace" not in asm
+    assert "AllocWorkspace" not in asm or getattr(knobs, "aligned", False)
     count = loops = 0
     for label, body in re.findall(r"^(\.LBB\w+):(.*?)(?=^\.LBB\w+:|\Z)", asm, re.M | re.S):
         if "vfmadd" in body and re.search(rf"\tj\w+\t{re.escape(label)}\b", body):
@@ -76,12 +80,12 @@ def _spills(site: ConvSite | FcSite, knobs: k.Knobs | k.FcKnobs, target: CpuTarg
 @pytest.mark.parametrize("name", ["csr", "bsr4", "dense"])
 def test_the_tallest_tiles_do_not_spill(name: str, cpu: str) -> None:
     site, target = SITES[name], TARGETS[cpu]
-    tallest: dict[tuple[int, int], k.Knobs] = {}
+    tallest: dict[tuple[int, int, bool], k.Knobs] = {}
     for x in site.space(target):
         assert isinstance(x, k.Knobs)
         if x.ahead and x.channel_block == site.workload.c:  # type: ignore[union-attr]
-            old = tallest.get((x.rows, x.lanes))
-            tallest[x.rows, x.lanes] = max(old or x, x, key=lambda y: y.vectors)
+            old = tallest.get((x.rows, x.lanes, x.aligned))
+            tallest[x.rows, x.lanes, x.aligned] = max(old or x, x, key=lambda y: y.vectors)
     for x in tallest.values():
         assert _spills(site, x, target) == 0, x
 

@@ -92,6 +92,18 @@ def test_pieces_for_threads_stay_those_of_the_layer(tmp_path: Path) -> None:
     assert look(tmp_path)[0].chunks == DEFAULT.chunks
 
 
+def test_aligned_knobs_have_few_pieces_and_need_room(tmp_path: Path) -> None:
+    aligned = next(k for k in SITE.space(TARGET).aligned if k.vectors * k.lanes < 100)
+    append(tmp_path, record(SITE, knobs=dataclasses.asdict(aligned) | {"chunks": 99}))
+    assert look(tmp_path)[0] == aligned
+    # Input channels that are out of order, and copies that outgrow their share of L2.
+    assert look(tmp_path, dataclasses.replace(SITE, channels=tuple(range(40)))) == (DEFAULT, "")
+    many = conv_site(c=900, size=20, density=0.01)
+    wide = dataclasses.replace(aligned, channel_block=900)
+    append(tmp_path, record(many, knobs=dataclasses.asdict(wide)))
+    assert look(tmp_path, many) == (many.default(TARGET), "")
+
+
 def test_compile_uses_the_log_and_says_so(tmp_path: Path) -> None:
     source = model()
     tasks = {t.layers[0]: t for t in extract(source, CompileOptions())}
