@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,7 @@ from .tasks import Task
 BATCH = 8
 EPSILON = 0.2  # share of a batch that is random, so that the model also sees what it does not like
 FEW = 8  # trials that a model needs
+BOOSTERS, ROUNDS = 4, 60
 ALIKE = 2  # candidates of a batch that the model chose for the same tile: more would teach it little
 WORST = -3.0  # score of a failed candidate: log2 of an eighth of the default's speed
 METHODS = ("xgboost", "random")
@@ -39,6 +41,22 @@ def _kind(knobs: AnyKnobs) -> object:
     return (knobs.vectors, knobs.lanes, knobs.aligned) if isinstance(knobs, Knobs) else knobs.ahead
 
 
+def _nearest(knobs: AnyKnobs, space: Sequence[AnyKnobs]) -> AnyKnobs | None:
+    """The member of ``space`` most like ``knobs``, which won on a layer with other tiles and blocks; None without any."""
+    if knobs in space:
+        return knobs
+    if not isinstance(knobs, Knobs):
+        return None
+
+    def apart(other: AnyKnobs) -> float:
+        assert isinstance(other, Knobs)
+        ratios = other.vectors / knobs.vectors, other.channel_block / knobs.channel_block
+        return sum(abs(math.log2(r)) for r in ratios) + 0.1 * (other.ahead != knobs.ahead)
+
+    same = [k for k in space if isinstance(k, Knobs) and (k.lanes, k.aligned) == (knobs.lanes, knobs.aligned)]
+    return min(same, key=apart, default=None)
+
+
 @dataclass
 class Samples:
     """Trials of all tasks: what the model learns from. ``score``: log2 of the gain over the default."""
@@ -55,28 +73,32 @@ class Samples:
 
 
 class Model:
-    """Gradient-boosted trees from features to scores."""
+    """Gradient-boosted trees from features to scores: a few boosters, each of which sees a part of the trials and of the
+    features at each step, so that they disagree about candidates unlike those that were tried."""
 
     def __init__(self, seed: int = 0) -> None:
-        self.package, self.seed, self.booster = xgboost(), seed, None
+        self.package, self.seed = xgboost(), seed
+        self.boosters: list[Any] = []
 
     def fit(self, samples: Samples, weight: Sequence[float] | None = None) -> None:
         data = self.package.DMatrix(np.stack(samples.x), np.array(samples.score, np.float32), weight=weight)
         settings = {
-            "max_depth": 6, "eta": 0.15, "min_child_weight": 1, "subsample": 0.9, "lambda": 0.5,
-            "objective": "reg:squarederror", "nthread": 1, "seed": self.seed, "verbosity": 0,
+            "max_depth": 4, "eta": 0.2, "min_child_weight": 1, "subsample": 0.7, "colsample_bytree": 0.6, "lambda": 0.5,
+            "objective": "reg:squarederror", "nthread": 1, "verbosity": 0,
         }  # fmt: skip
-        self.booster = self.package.train(settings, data, num_boost_round=120)
+        seeds = range(BOOSTERS * self.seed, BOOSTERS * (self.seed + 1))
+        self.boosters = [self.package.train(settings | {"seed": seed}, data, num_boost_round=ROUNDS) for seed in seeds]
 
-    def predict(self, x: F32) -> npt.NDArray[np.float32]:
-        assert self.booster is not None
-        scores: npt.NDArray[np.float32] = self.booster.predict(self.package.DMatrix(x))
-        return scores
+    def predict(self, x: F32) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """Mean and standard deviation of the boosters' scores."""
+        data = self.package.DMatrix(x)
+        scores = np.stack([booster.predict(data) for booster in self.boosters])
+        return scores.mean(axis=0), scores.std(axis=0)
 
 
 class Search:
-    """Proposes candidates of one task. ``first``: knobs that won elsewhere, tried before others; ``known``: knobs already
-    measured -> score; ``samples``: of other tasks, extended in place by ``tell``."""
+    """Proposes candidates of one task. ``first``: knobs that won elsewhere, whose likes here are tried first; ``known``:
+    knobs already measured -> score; ``samples``: of other tasks, extended in place by ``tell``."""
 
     def __init__(
         self,
@@ -99,7 +121,7 @@ class Search:
         self.samples = samples if samples is not None else Samples()
         self.own = 0
         self.predicted: dict[AnyKnobs, float] = {}
-        self.queue = [k for k in first if k in self.left]
+        self.queue = list(dict.fromkeys(near for k in first if (near := _nearest(k, space)) is not None))
         for knobs, score in (known or {}).items():
             self.tell(knobs, score)
 
@@ -141,7 +163,8 @@ class Search:
         return chosen
 
     def _ranked(self) -> list[AnyKnobs]:
-        """What is left, best first: by the model, or by the hand-made model of cycles before there are trials."""
+        """What is left, best first: by the model's score plus its doubt, or by the hand-made model of cycles before there
+        are trials."""
         rest = list(self.left)
         if not rest:
             return []
@@ -156,6 +179,6 @@ class Search:
                 1.0, 2.0 * (len(self.samples) - self.own) / len(self.samples) / max(self.own, 1) * 8
             )
         model.fit(self.samples, weights.tolist())
-        scores = model.predict(x)
+        scores, doubt = model.predict(x)
         self.predicted = {k: float(s) for k, s in zip(rest, scores, strict=True)}
-        return [rest[i] for i in np.argsort(-scores, kind="stable")]
+        return [rest[i] for i in np.argsort(-(scores + doubt), kind="stable")]

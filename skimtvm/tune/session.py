@@ -194,6 +194,8 @@ class Session:
             time=log.now(),
         )
         log.append(self.folder, record)
+        if kind == "best":  # the tasks that follow start from it
+            self.seen.setdefault(key, []).append(record)
 
 
 def _versions() -> dict[str, str]:

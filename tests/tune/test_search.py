@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -102,6 +103,11 @@ def test_winners_of_other_layers_come_first() -> None:
     t = task(WIDE)
     known = list(t.site.space(t.target))[7]
     assert Search(t, "xgboost", first=[known]).ask()[0] == known
+    assert isinstance(known, Knobs)
+    # Blocks of 17 and 15 of 64 channels are none of the candidates; 16 is.
+    for block in (17, 15):
+        found = Search(t, "xgboost", first=[dataclasses.replace(known, channel_block=block)]).ask()[0]
+        assert found == dataclasses.replace(known, channel_block=16)
 
 
 def test_an_unknown_method_is_refused() -> None:
