@@ -202,7 +202,6 @@ def _chunks(total: int, vectors: int, groups: int, pieces: int = 8) -> int:
 ACCUMULATOR_BYTES = 1008  # of one row: TVM puts buffers from 1 KB on to the heap
 SHORTEST = 16  # positions in a tile, unless the plane has fewer
 COPIES_SHARE = 0.25  # of L2, for the aligned copies of a tile
-ALIGNED_PIECES = 4  # parallel pieces of a layer that copies its tiles in each
 ALIGNED_SHORTEST = 40  # positions in such a tile
 COPY = 4.0  # cycles to copy a line
 BLOCKS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32)
@@ -292,9 +291,11 @@ def copies_fit(knobs: Knobs, copies: Copies | None, target: CpuTarget) -> bool:
     return copies is not None and 4 * copies.floats(knobs.channel_block) <= COPIES_SHARE * target.l2_bytes
 
 
-def aligned_chunks(knobs: Knobs, positions: int, groups: int) -> int:
-    """Parallel pieces of aligned knobs: few, since each copies its tile."""
-    return _chunks(-(-positions // knobs.lanes), knobs.vectors, groups, ALIGNED_PIECES)
+def aligned_chunks(knobs: Knobs, positions: int, groups: int, threads: int) -> int:
+    """Parallel pieces that the ``groups`` row groups are cut into by aligned knobs which were tuned for ``threads``: as few
+    as give twice as many threads work, since each piece copies its tile (about 6% of a layer with 13x13 pixels)."""
+    tiles = -(-positions // (knobs.vectors * knobs.lanes))
+    return max(1, min(-(-2 * threads // tiles), groups))
 
 
 def conv_space(
@@ -330,7 +331,7 @@ def conv_space(
             start, rows=r, lanes=lanes, vectors=v, channel_block=block, ahead=ahead, aligned=True
         )
         if v * lanes >= ALIGNED_SHORTEST and copies_fit(knobs, copies(v, lanes), target):
-            aligned.append(dataclasses.replace(knobs, chunks=aligned_chunks(knobs, positions, wl.k // r)))
+            aligned.append(dataclasses.replace(knobs, chunks=aligned_chunks(knobs, positions, wl.k // r, threads)))
     return ConvSpace(start, tiles, (cg,) if start.dense else blocks, chunks, AHEAD[start.dense], tuple(aligned))
 
 

@@ -33,9 +33,9 @@ def sparsity_of(site: Site) -> Sparsity:
     )  # fmt: skip
 
 
-def knobs_from(site: Site, raw: Mapping[str, Any], target: CpuTarget) -> AnyKnobs | None:
-    """The knobs that a record holds, with the parallel pieces of ``site``; None where they are none of today's, or not
-    legal for it."""
+def knobs_from(site: Site, raw: Mapping[str, Any], target: CpuTarget, threads: int = 1) -> AnyKnobs | None:
+    """The knobs that a record for ``threads`` holds, with the parallel pieces of ``site``; None where they are none of
+    today's, or not legal for it."""
     default = site.default(target)
     try:
         knobs = type(default)(**raw)
@@ -53,7 +53,8 @@ def knobs_from(site: Site, raw: Mapping[str, Any], target: CpuTarget) -> AnyKnob
             if not copies_fit(knobs, site.copies(knobs.vectors, knobs.lanes), target):
                 return None
             groups = site.workload.k // knobs.rows
-            return dataclasses.replace(knobs, chunks=aligned_chunks(knobs, site.dst.layout.positions, groups))
+            chunks = aligned_chunks(knobs, site.dst.layout.positions, groups, threads)
+            return dataclasses.replace(knobs, chunks=chunks)
         if isinstance(site, ConvSite) and site.dst.layout.interleave > 1 and knobs.lanes != default.lanes:
             return None
     return knobs
@@ -100,7 +101,7 @@ class Lookup:
         where = "" if same else f" at density {record.sparsity.density:.3f}"
         if record.is_default:
             return default, f"tuned{where}: the default is best, {record.time[:10]}"
-        knobs = knobs_from(site, record.knobs, self.target)
+        knobs = knobs_from(site, record.knobs, self.target, record.threads)
         if knobs is None:
             return default, ""
         return knobs, f"tuned{where}: {record.gain:.2f}x the default, {record.time[:10]}"

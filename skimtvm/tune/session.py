@@ -90,7 +90,7 @@ class Session:
     def _known(self, task: Task) -> dict[AnyKnobs, float]:
         known: dict[AnyKnobs, float] = {}
         for r in self.seen.get(task.key, ()):
-            knobs = knobs_from(task.site, r.knobs, task.target)
+            knobs = knobs_from(task.site, r.knobs, task.target, task.threads)
             if r.kind == "trial" and r.version == task.version and knobs is not None:
                 known[knobs] = math.log2(r.gain) if r.gain else WORST
         return known
@@ -102,7 +102,7 @@ class Session:
         for record in Log(tuple(r for rs in self.seen.values() for r in rs)).best().values():
             if record.kernel != task.site.name or record.is_default or record.isa != task.target.isa:
                 continue
-            knobs = knobs_from(task.site, record.knobs, task.target)
+            knobs = knobs_from(task.site, record.knobs, task.target, task.threads)
             if knobs is None:
                 continue
             apart = abs(math.log(max(record.sparsity.stored, 1e-4) / max(task.sparsity.stored, 1e-4)))
@@ -153,7 +153,7 @@ class Session:
         measurements is partly luck; only a knob that wins both times replaces the default."""
         old = [r for r in self.seen.get(task.key, ()) if r.kind == "best" and r.version == task.version]
         if old and not new:
-            knobs = knobs_from(task.site, old[-1].knobs, task.target) or default
+            knobs = knobs_from(task.site, old[-1].knobs, task.target, task.threads) or default
             return Outcome(knobs, old[-1].median_s, reference=old[-1].default_s)
         finalists = sorted(scores, key=lambda k: -scores[k])[:FINALISTS]
         outcomes = [o for o in self.measurer.measure(task, finalists, FINAL) if o.gain > MARGIN]
