@@ -37,7 +37,7 @@ def calibrate_command(
     realtime: int,
 ) -> None:
     """Time every kernel on a grid of shapes and densities, on one thread, and write the table by which skimtvm compile and
-    guided pruning choose. Interrupted, it writes nothing."""
+    guided pruning choose. Interrupted, it keeps what it measured in OUTPUT.partial; the same command goes on from there."""
     from ..errors import InvalidOption, OutputExists
     from ..tvm_runtime import import_compiler
 
@@ -61,9 +61,11 @@ def calibrate_command(
     from ..tune.worker import Options
 
     options = Options(lock=lock or "", realtime=realtime)
+    kept = path.with_name(f"{path.name}.partial")
     with progress(quiet) as report:
-        table = calibrate(QUICK if quick else FULL, options, report or (lambda phase, fraction: None))
+        table = calibrate(QUICK if quick else FULL, options, report or (lambda phase, fraction: None), kept)
         table.save(path)
+        kept.unlink()
     if not quiet:
         _show(table)
         click.echo(f"{path}: {plural(len(table.points), 'measurement')}")

@@ -7,16 +7,19 @@ which does not fit the cache as a whole (AlexNet's last layer: 9% of the network
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..bench.machine import cpu_model, peak_gflops, read_gbs, versions
-from ..calibration import Calibration, Point, host_cpuid
+from ..calibration import Calibration, Point, family, host_cpuid
+from ..errors import OutputExists, SkimError
 from ..kernels import Kernel, applicable
 from ..layout import Space, plane
 from ..schedules import conv2d
@@ -127,30 +130,91 @@ def _density(weight: np.ndarray) -> float:
 
 
 def calibrate(
-    grid: Grid, options: Options, report: Callable[[str, float], None] = lambda phase, fraction: None
+    grid: Grid,
+    options: Options,
+    report: Callable[[str, float], None] = lambda phase, fraction: None,
+    kept: Path | None = None,
 ) -> Calibration:
-    """Time the grid on this machine, on one thread. ``options``: as for tuning, without RPC."""
+    """Time the grid on this machine, on one thread. ``options``: as for tuning, without RPC; ``kept``: a file that takes
+    each shape as soon as it is measured, and gives back those of an earlier run that was interrupted."""
     tvm, target = import_compiler(), resolve()
     runner = Here(tvm, options, 1)
+    names = sorted({family(c.kernel, c.workload) for shape in grid.shapes for c in cases(shape, grid.densities)})
+    kernels = {name: version(name, target) for name in names}
+    done = Kept(kept, {"cpuid": host_cpuid(), "kernels": kernels, "grid": [*grid.densities, grid.rounds]})
 
-    def run() -> tuple[float, list[tuple[float, float]], list[Point]]:
-        report("rates of the machine", 0.0)
-        with runner.alone():
-            peak = 1e9 * peak_gflops(1)
-            rates = [(float(size), 1e9 * read_gbs(1, size)) for size in grid.sizes]
+    def run() -> tuple[float, list[list[float]], list[Point]]:
+        if done.rates is None:
+            report("rates of the machine", 0.0)
+            with runner.alone():
+                peak = 1e9 * peak_gflops(1)
+                done.add_rates(peak, [[float(size), 1e9 * read_gbs(1, size)] for size in grid.sizes])
+        assert done.rates is not None
         points: list[Point] = []
         for i, workload in enumerate(grid.shapes):
-            points += _shape(workload, grid, target, runner, partial(_at, report, i / len(grid.shapes)))
-        return peak, rates, points
+            if workload not in done.shapes:
+                at = partial(_at, report, i / len(grid.shapes))
+                done.add(workload, _shape(workload, grid, target, runner, at))
+            points += done.shapes[workload]
+        return *done.rates, points
 
     peak, rates, points = with_threads(1, run)
     report("done", 1.0)
-    names = sorted({p.family for p in points})
     return Calibration(
-        target.mcpu, target.isa, cpu_model(), host_cpuid(), peak, tuple(rates), tuple(points),
-        {name: version(name, target) for name in names},
-        {k: v for k, v in versions().items() if k in ("skimtvm", "apache-tvm")}, now(),
+        target.mcpu, target.isa, cpu_model(), host_cpuid(), peak, tuple((size, rate) for size, rate in rates),
+        tuple(points), kernels, {k: v for k, v in versions().items() if k in ("skimtvm", "apache-tvm")}, now(),
     )  # fmt: skip
+
+
+class Kept:
+    """What an unfinished calibration has measured: JSON, a line for what it belongs to (``head``), one for the machine's
+    rates, one a shape. A file of another machine, grid or version of the kernels is begun anew; a line that was cut off is
+    measured again. Raises OutputExists where the file cannot be written."""
+
+    def __init__(self, path: Path | None, head: dict[str, Any]) -> None:
+        self.path = path
+        self.rates: tuple[float, list[list[float]]] | None = None
+        self.shapes: dict[Workload, list[Point]] = {}
+        lines = path.read_text(encoding="utf-8").splitlines() if path is not None and path.is_file() else []
+        good = 0
+        for number, line in enumerate(lines):
+            try:
+                value = json.loads(line)
+                if number == 0 and value != head:
+                    break
+                if number == 1:
+                    self.rates = float(value[0]), [[float(a), float(b)] for a, b in value[1]]
+                elif number:
+                    points = [Point.from_json(p) for p in value]
+                    self.shapes[_shape_of(points)] = points
+            except (ValueError, KeyError, TypeError, IndexError, SkimError):
+                break
+            good = number + 1
+        self._write("".join(f"{line}\n" for line in lines[:good] or [json.dumps(head)]), "w")
+
+    def add_rates(self, peak: float, rates: list[list[float]]) -> None:
+        self.rates = peak, rates
+        self._write(json.dumps([peak, rates]) + "\n", "a")
+
+    def add(self, workload: Workload, points: list[Point]) -> None:
+        self.shapes[workload] = points
+        self._write(json.dumps([p.to_json() for p in points]) + "\n", "a")
+
+    def _write(self, text: str, mode: str) -> None:
+        if self.path is None:
+            return
+        try:
+            with self.path.open(mode, encoding="utf-8") as file:
+                file.write(text)
+        except OSError as e:
+            raise OutputExists(f"'{self.path}' cannot be written: {e.strerror}; choose another --output") from None
+
+
+def _shape_of(points: Sequence[Point]) -> Workload:
+    """The shape that ``points`` were measured on: that of the first one, a direct kernel."""
+    workload = points[0].workload
+    assert not isinstance(workload, WinogradWorkload)
+    return workload
 
 
 def _samples(runner: Here, kernels: Sequence[tuple[Any, list[Any]]], rounds: int) -> list[list[float]]:

@@ -103,3 +103,15 @@ def onnx_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("onnx") / "tiny.onnx"
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
     return path
+
+
+@pytest.fixture(scope="session")
+def net(tmp_path_factory):
+    """Two sparse 3x3 convolutions: something to tune."""
+    import onnx
+
+    from tests.tune.samples import model
+
+    path = tmp_path_factory.mktemp("net") / "two.onnx"
+    onnx.save(model(), str(path))
+    return path

@@ -4,67 +4,59 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import onnx
 import pytest
 
-from tests.tune.samples import model
 
-
-def skimtvm(*args: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "skimtvm", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-
-
-@pytest.fixture(scope="module")
-def net(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("net") / "two.onnx"
-    onnx.save(model(), str(path))
-    return path
-
-
-def test_calibrate_and_compile(net: Path, tmp_path: Path) -> None:
+def test_calibrate_and_compile(skim: Any, net: Path, tmp_path: Path) -> None:
     table = tmp_path / "c.json"
-    done = skimtvm("calibrate", "--quick", "-o", table)
-    assert done.returncode == 0, done.stderr
-    assert "GFLOP/s" in done.stdout and "alpha" in done.stdout and str(table) in done.stdout
+    done = skim("calibrate", "--quick", "-o", table)
+    assert done.code == 0, done.err
+    assert "GFLOP/s" in done.out and "alpha" in done.out and str(table) in done.out
     raw = json.loads(table.read_text())
     assert {p["kernel"] for p in raw["points"]} == {"dense", "csr", "bsr4", "bsr8", "bsr16", "winograd2", "winograd4"}
     assert all(p["seconds"] > 0 and p["code"].startswith("f32_") for p in raw["points"])
     before = table.read_bytes()
-    assert skimtvm("calibrate", "--quick", "-o", table).returncode == 5 and table.read_bytes() == before
-    explained = skimtvm("compile", net, "-o", tmp_path / "a.so", "--calibration", table, "--explain")
-    assert explained.returncode == 0, explained.stderr
-    assert "kernels chosen by the measured table: " in explained.stdout
-    assert "measured" in explained.stdout.split("kernels chosen")[0] and "model" not in explained.stdout
-    built_in = skimtvm("compile", net, "-o", tmp_path / "b.so", "--calibration", "none", "--explain")
-    assert "chosen by the built-in model" in built_in.stdout and "model" in built_in.stdout
-    assert "measured" not in built_in.stdout
+    assert skim("calibrate", "--quick", "-o", table).code == 5 and table.read_bytes() == before
+    explained = skim("compile", net, "-o", tmp_path / "a.so", "--calibration", table, "--explain")
+    assert explained.code == 0, explained.err
+    assert "kernels chosen by the measured table: " in explained.out
+    assert "measured" in explained.out.split("kernels chosen")[0] and "model" not in explained.out
+    built_in = skim("compile", net, "-o", tmp_path / "b.so", "--calibration", "none", "--explain")
+    assert "chosen by the built-in model" in built_in.out and "model" in built_in.out
+    assert "measured" not in built_in.out
     # A table that says that dense kernels take no time is obeyed.
     raw["points"] = [p | {"seconds": p["seconds"] / (1e6 if p["kernel"] == "dense" else 1)} for p in raw["points"]]
     table.write_text(json.dumps(raw))
-    dense = skimtvm("compile", net, "-o", tmp_path / "c.so", "--calibration", table, "--explain")
-    assert dense.stdout.count("f32_dense_conv2d") == 2 and "break-even" in dense.stdout
-    guided = skimtvm("prune", net, "-o", tmp_path / "p.onnx", "--sparsity", 0.9, "--guided", "--alphas", table)
-    assert guided.returncode == 0 and guided.stdout.count("leave dense") == 2
-    other = skimtvm("compile", net, "-o", tmp_path / "d.so", "--target", "haswell", "--explain")
-    assert "built-in model: no calibration of haswell" in other.stdout
+    dense = skim("compile", net, "-o", tmp_path / "c.so", "--calibration", table, "--explain")
+    assert dense.out.count("f32_dense_conv2d") == 2 and "break-even" in dense.out
+    guided = skim("prune", net, "-o", tmp_path / "p.onnx", "--sparsity", 0.9, "--guided", "--alphas", table)
+    assert guided.code == 0 and guided.out.count("leave dense") == 2
+    other = skim("compile", net, "-o", tmp_path / "d.so", "--target", "haswell", "--explain")
+    assert "built-in model: no calibration of haswell" in other.out
 
 
-def test_ctrl_c_writes_nothing(interruptible: Any, tmp_path: Path) -> None:
-    table = tmp_path / "c.json"
-    command = [sys.executable, "-m", "skimtvm", "calibrate", "-o", str(table)]
-    process = interruptible(command)
-    time.sleep(6)
+def test_ctrl_c_keeps_what_was_measured(skim: Any, interruptible: Any, tmp_path: Path) -> None:
+    table, kept = tmp_path / "c.json", tmp_path / "c.json.partial"
+    process = interruptible([sys.executable, "-m", "skimtvm", "calibrate", "--quick", "-o", str(table)])
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (kept.is_file() and kept.read_text().count("\n") >= 3):
+        time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in err and "skimtvm: error: interrupted" in err, err
-    assert not list(tmp_path.iterdir())
+    assert not table.exists()
+    first = json.loads(kept.read_text().splitlines()[2])
+    with kept.open("a") as file:
+        file.write('[{"kernel": "den')  # as a kill while it writes would leave it
+    skim("calibrate", "--quick", "-o", table).succeeded()
+    assert not kept.exists()
+    points = json.loads(table.read_text())["points"]
+    assert [p["seconds"] for p in points[: len(first)]] == pytest.approx([p["seconds"] for p in first], rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -78,6 +70,6 @@ def test_ctrl_c_writes_nothing(interruptible: Any, tmp_path: Path) -> None:
     ],
     ids=["cpu", "folder", "missing", "damaged", "alphas"],
 )
-def test_bad_options(net: Path, args: tuple[str, ...], code: int, message: str) -> None:
-    done = skimtvm(*(net if a == "NET" else a for a in args))
-    assert done.returncode == code and message in done.stderr and "Traceback" not in done.stderr
+def test_bad_options(skim: Any, net: Path, args: tuple[str, ...], code: int, message: str) -> None:
+    done = skim(*(net if a == "NET" else a for a in args))
+    assert done.code == code and message in done.err and "Traceback" not in done.err

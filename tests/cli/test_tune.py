@@ -10,43 +10,30 @@ import time
 from pathlib import Path
 from typing import Any
 
-import onnx
 import pytest
 
 from skimtvm.tune.log import Log
-from tests.tune.samples import conv_site, model, record
+from tests.tune.samples import conv_site, record
 
 
-def skimtvm(*args: object, **more: Any) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "skimtvm", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, **more)
-
-
-@pytest.fixture(scope="module")
-def net(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("net") / "two.onnx"
-    onnx.save(model(), str(path))
-    return path
-
-
-def test_tune_resume_and_compile(net: Path, tmp_path: Path) -> None:
+def test_tune_resume_and_compile(skim: Any, net: Path, tmp_path: Path) -> None:
     tune = ("tune", net, "--log", tmp_path / "log", "--search", "random")
-    first = skimtvm(*tune, "--trials", 3)
-    assert first.returncode == 0, first.stderr
-    assert "2 of 2 workloads tuned" in first.stdout and "2 workloads to tune" in first.stderr
-    second = skimtvm(*tune, "--trials", 5, "--report", tmp_path / "report.json")
-    assert second.returncode == 0, second.stderr
+    first = skim(*tune, "--trials", 3)
+    assert first.code == 0, first.err
+    assert "2 of 2 workloads tuned" in first.out and "2 workloads to tune" in first.err
+    second = skim(*tune, "--trials", 5, "--report", tmp_path / "report.json")
+    assert second.code == 0, second.err
     report = json.loads((tmp_path / "report.json").read_text())
     assert [(w["trials"], w["resumed"]) for w in report["workloads"]] == [(5, 3)] * 2
-    assert skimtvm(*tune, "--report", tmp_path / "report.json").returncode == 5
-    shown = skimtvm("log", "show", tmp_path / "log")
-    assert "14 records" in shown.stdout and "csr_conv2d" in shown.stdout
-    compiled = skimtvm("compile", net, "-o", tmp_path / "m.so", "--log", tmp_path / "log", "--explain")
-    assert compiled.returncode == 0 and compiled.stdout.count("; tuned") == 2
-    best = skimtvm("log", "best", tmp_path / "log")
-    assert best.stdout.count("csr_conv2d") == 2
-    assert "2 records kept" in skimtvm("log", "prune", tmp_path / "log").stdout
-    assert "2 records added" in skimtvm("log", "merge", tmp_path / "other", tmp_path / "log").stdout
+    assert skim(*tune, "--report", tmp_path / "report.json").code == 5
+    shown = skim("log", "show", tmp_path / "log")
+    assert "14 records" in shown.out and "csr_conv2d" in shown.out
+    compiled = skim("compile", net, "-o", tmp_path / "m.so", "--log", tmp_path / "log", "--explain")
+    assert compiled.code == 0 and compiled.out.count("; tuned") == 2
+    best = skim("log", "best", tmp_path / "log")
+    assert best.out.count("csr_conv2d") == 2
+    assert "2 records kept" in skim("log", "prune", tmp_path / "log").out
+    assert "2 records added" in skim("log", "merge", tmp_path / "other", tmp_path / "log").out
 
 
 def test_kill_and_go_on(net: Path, tmp_path: Path) -> None:
@@ -94,21 +81,21 @@ def test_ctrl_c_keeps_what_was_measured(net: Path, interruptible: Any, tmp_path:
     ],
     ids=lambda v: " ".join(v) if isinstance(v, tuple) else None,
 )
-def test_bad_options(net: Path, args: tuple[str, ...], code: int, message: str, tmp_path: Path) -> None:
+def test_bad_options(skim: Any, net: Path, args: tuple[str, ...], code: int, message: str, tmp_path: Path) -> None:
     log = () if "--log" in args else ("--log", tmp_path)
-    done = skimtvm("tune", net, *log, "--search", "random", *args)
-    assert done.returncode == code and message in done.stderr and "Traceback" not in done.stderr
+    done = skim("tune", net, *log, "--search", "random", *args)
+    assert done.code == code and message in done.err and "Traceback" not in done.err
 
 
-def test_log_reports_damage(tmp_path: Path) -> None:
+def test_log_reports_damage(skim: Any, tmp_path: Path) -> None:
     from skimtvm.tune.log import append, path_of
 
     r = record(conv_site())
     append(tmp_path, r)
     with path_of(tmp_path, r).open("a") as f:
         f.write("nonsense\n")
-    shown = skimtvm("log", "show", tmp_path)
-    assert shown.returncode == 0 and "csr_conv2d.jsonl:2: damaged" in shown.stderr and "1 record" in shown.stdout
-    assert skimtvm("log", "show", tmp_path / "missing").returncode == 2
-    compiled = skimtvm("compile", "x.onnx", "-o", tmp_path / "m.so", "--log", tmp_path / "missing")
-    assert compiled.returncode == 2 and "no folder" in compiled.stderr
+    shown = skim("log", "show", tmp_path)
+    assert shown.code == 0 and "csr_conv2d.jsonl:2: damaged" in shown.err and "1 record" in shown.out
+    assert skim("log", "show", tmp_path / "missing").code == 2
+    compiled = skim("compile", "x.onnx", "-o", tmp_path / "m.so", "--log", tmp_path / "missing")
+    assert compiled.code == 2 and "no folder" in compiled.err

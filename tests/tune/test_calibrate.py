@@ -15,11 +15,11 @@ import pytest
 from skimtvm.calibration import SHIPPED, Calibration, Point, for_host, for_target, host_cpuid
 from skimtvm.chooser import choose
 from skimtvm.cost_model import cost
-from skimtvm.errors import InvalidOption
+from skimtvm.errors import InvalidOption, OutputExists
 from skimtvm.formats.stats import SparsityStats
 from skimtvm.kernels import Kernel, applicable
 from skimtvm.prune.guide import Guide, Machine
-from skimtvm.tune.calibrate import DENSITIES, FULL, QUICK, cases, site
+from skimtvm.tune.calibrate import DENSITIES, FULL, QUICK, Kept, cases, site
 from skimtvm.workload import ConvWorkload, DenseWorkload, WinogradWorkload
 
 SMALL = ConvWorkload(1, 64, 14, 14, 64, 3, 3, padding=(1, 1, 1, 1))
@@ -211,3 +211,23 @@ def test_shipped_tables_load() -> None:
         assert t.cpu == path.parent.name and t.kernels
         for shape in (SMALL, BETWEEN, LARGE, FC):
             assert all(t.knows(k, shape) for k in applicable(shape) if k.name != "bsr16" or shape is not FC)
+
+
+def test_an_unfinished_calibration_is_kept(tmp_path: Path) -> None:
+    path, head = tmp_path / "c.partial", {"cpuid": "V-1-2", "kernels": {"csr_conv2d": "a"}}
+    points = {w: [p for p in table(lambda k, w, x: 2.0, (w,)).points] for w in (SMALL, FC)}
+    first = Kept(path, head)
+    assert first.rates is None and not first.shapes
+    first.add_rates(PEAK, [[1e6, 1e11]])
+    for workload, measured in points.items():
+        first.add(workload, measured)
+    assert Kept(path, head).shapes == points and Kept(path, head).rates == (PEAK, [[1e6, 1e11]])
+    path.write_text(path.read_text()[:-9])
+    again = Kept(path, head)
+    assert list(again.shapes) == [SMALL], "a line that was cut off"
+    again.add(FC, points[FC])
+    assert Kept(path, head).shapes == points
+    assert not Kept(path, head | {"kernels": {"csr_conv2d": "b"}}).shapes, "other kernels"
+    assert not Kept(path, head).shapes, "begun anew"
+    with pytest.raises(OutputExists, match="cannot be written"):
+        Kept(tmp_path / "none" / "c.partial", head)
