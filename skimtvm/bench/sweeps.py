@@ -4,12 +4,14 @@ and all pruned layers sparse."""
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..compiler import CompileOptions
 from ..errors import InvalidOption
+from ..report import LayerRecord
+from ..runtime import Module
 from .engines import SkimTVM, difference, feeds_for
 from .networks import Say, Work, compile_to
 from .records import EngineTime, SweepRow, Terms
@@ -76,14 +78,18 @@ def measure_point(
             say(f"compile {name}")
             modules[name] = compile_to(Path(folder) / f"{name.replace(' ', '-')}.so", model, options)
     feeds = feeds_for(modules[AUTO])
-    runners = {name: SkimTVM(module, feeds, threads) for name, module in modules.items()}
+    # Choices that come to the same kernels are one module: two measurements of it would differ by luck alone.
+    same = {
+        name: next(n for n, m in modules.items() if kernels(m) == kernels(module)) for name, module in modules.items()
+    }
+    runners = {name: SkimTVM(modules[name], feeds, threads) for name in dict.fromkeys(same.values())}
     outputs = {name: runner.outputs() for name, runner in runners.items()}
     say("measure")
     times = interleave(runners, rounds, threads=threads)
     work = Work.of(modules[AUTO].manifest.layers)
     engines: list[EngineTime] = [
-        work.time(name, runners[name].version, times[name], error=difference(outputs[AUTO], outputs[name]))
-        for name in CHOICES
+        work.time(name, runners[one].version, times[one], error=difference(outputs[AUTO], outputs[one]))
+        for name, one in same.items()
     ]
     return SweepRow(
         terms=terms,
@@ -97,6 +103,11 @@ def measure_point(
         threads=threads,
         engines=tuple(engines),
     )
+
+
+def kernels(module: Module) -> list[LayerRecord]:
+    """What runs in ``module``, without the reasons for it."""
+    return [replace(layer, reason="") for layer in module.manifest.layers]
 
 
 def resize_input(model: Any, size: int) -> None:

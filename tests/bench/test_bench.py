@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from skimtvm.bench import layer_cases, markdown, records, sparsity, sweeps, timi
 from skimtvm.bench.deepsparse_client import DeepSparse
 from skimtvm.bench.engines import Case, Unavailable, aligned, difference
 from skimtvm.errors import InvalidOption
+from skimtvm.report import LayerRecord
 
 TERMS = records.Terms("2026-01-01T00:00:00+00:00", "skimtvm bench", "a CPU", 2, "Linux", {"skimtvm": "0.1.0"})
 CONV = next(c for c in layer_cases.CASES if c.name == "3x3_128_128_28")
@@ -159,6 +161,13 @@ def test_layer_model():
     weight = onnx.numpy_helper.to_array(model.graph.initializer[0])
     assert weight.shape == CONV.workload.weight_shape
     assert np.count_nonzero(weight) == weight.size - round(0.9 * weight.size)
+
+
+def test_choices_of_equal_kernels_are_one_module():
+    first = LayerRecord("a", "conv2d", "1x1x1x1", kernel="f32_csr", reason="measured")
+    module = lambda *layers: SimpleNamespace(manifest=SimpleNamespace(layers=layers))
+    forced, other = (dataclasses.replace(first, **c) for c in ({"reason": "forced"}, {"kernel": "f32_dense"}))
+    assert sweeps.kernels(module(first)) == sweeps.kernels(module(forced)) != sweeps.kernels(module(other))
 
 
 def test_sweep_points():
