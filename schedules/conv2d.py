@@ -186,7 +186,8 @@ def build(
         below=max(t[1] for t in taps(wl, interleaved=True)) if s.interleave > 1 else 0,
         copies=copied,
     )
-    gemm = dataclasses.replace(gemm, fetch=gemm.fetched_with(sum(m.column.size for m in matrices)))
+    entries = sum(m.column.size * (m.groups if m.dense else 1) for m in matrices)
+    gemm = dataclasses.replace(gemm, fetch=gemm.fetched_with(entries))
     constants: list[Array] = []
     for m in matrices:
         if not m.dense:
