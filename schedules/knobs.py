@@ -206,6 +206,7 @@ ALIGNED_SHORTEST = 40  # positions in such a tile
 COPY = 4.0  # cycles to copy a line
 BLOCKS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32)
 DENSE_ROWS = (3, 4, 6, 8, 12)
+ACROSS_ROWS = (16, 32, 64)
 AHEAD = {True: (0, DENSE_AHEAD), False: (0, 4)}  # by whether every column is stored
 FC_AHEAD = (0, 128, 256, 512, 1024, 2048)
 
@@ -222,6 +223,13 @@ def fits(rows: int, vectors: int, lanes: int, target: CpuTarget) -> bool:
     if lanes not in (8, 16) or lanes > target.lanes or vectors * lanes * 4 > ACCUMULATOR_BYTES:
         return False
     return registers_used(rows, vectors, lanes, target) <= target.registers
+
+
+def across_fits(rows: int, pixels: int, per_group: int) -> bool:
+    """Whether R output channels in the lanes and a segment of ``pixels`` give enough sums to hide the latency of a
+    multiply-add, and no more than registers hold."""
+    sums = rows // 16 * pixels
+    return rows in ACROSS_ROWS and per_group % rows == 0 and CHAINS <= sums <= SEGMENT + CHAINS and pixels <= SEGMENT
 
 
 def heights(rows: int, total: int, lanes: int, target: CpuTarget) -> tuple[int, ...]:
@@ -310,10 +318,14 @@ def conv_space(
     where there are none."""
     cg, images = wl.c // wl.groups, dst.layout.interleave
     positions = dst.layout.w * images if images > 1 else dst.layout.positions
-    if start.across:  # pixels and channels change places: a kernel of its own, whose only knobs are its default
-        return ConvSpace(start, (), (), (), ())
-    rows = DENSE_ROWS if start.dense else ()
     per_group = wl.k // wl.groups
+    if start.across:  # pixels and channels change places: V pixels a segment of a row
+        widths = {-(-wl.out_w // -(-wl.out_w // p)) for p in range(1, SEGMENT + 1)}
+        swapped = tuple(
+            (r, start.lanes, p) for r in ACROSS_ROWS for p in sorted(widths) if across_fits(r, p, per_group)
+        )
+        return ConvSpace(start, swapped, (cg,), (start.chunks,), (start.ahead,))
+    rows = DENSE_ROWS if start.dense else ()
     legal = [r for r in rows if r <= per_group and (wl.groups == 1 or per_group % r == 0)]
     tiles = tuple(
         (r, lanes, v)

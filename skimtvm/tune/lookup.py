@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..schedules.gather_gemm import Knobs
-from ..schedules.knobs import aligned_chunks, copies_fit, fits
+from ..schedules.knobs import across_fits, aligned_chunks, copies_fit, fits
 from ..schedules.sites import AnyKnobs, ConvSite, Site, version
 from ..target import CpuTarget
 from .log import Log, Record, Sparsity
@@ -43,8 +43,11 @@ def knobs_from(site: Site, raw: Mapping[str, Any], target: CpuTarget, threads: i
         return None
     knobs = dataclasses.replace(knobs, chunks=default.chunks)
     if isinstance(knobs, Knobs) and isinstance(default, Knobs):
-        if (knobs.dense, knobs.across) != (default.dense, default.across) or default.across:
+        if (knobs.dense, knobs.across) != (default.dense, default.across):
             return None
+        if knobs.across and isinstance(site, ConvSite):
+            wl = site.workload
+            return knobs if across_fits(knobs.rows, knobs.vectors, wl.k // wl.groups) else None
         if not fits(knobs.rows, knobs.vectors, knobs.lanes, target):
             return None
         if not knobs.dense and knobs.rows != default.rows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import pytest
@@ -10,6 +11,7 @@ import tvm
 from skimtvm.schedules import knobs as k
 from skimtvm.schedules.sites import ConvSite, FcSite, version
 from skimtvm.target import TARGETS, CpuTarget
+from skimtvm.tune.lookup import knobs_from
 
 from .samples import conv_site, fc_site
 
@@ -20,6 +22,7 @@ SITES = {
     "dense": conv_site(kernel="dense", density=1.0),
     "wide": conv_site(c=70, size=30, k=8),
     "one-channel": conv_site(c=1, size=3, k=1),
+    "across": conv_site(c=64, size=14, k=96, kernel="dense", density=1.0),
     "fc": fc_site(),
 }
 
@@ -45,6 +48,9 @@ def test_conv_spaces_are_legal(name: str, cpu: str) -> None:
     cg = site.workload.c
     for x in list(site.space(target))[1:]:
         assert x.lanes in (8, 16) and x.lanes <= target.lanes
+        if x.across:
+            assert name == "dense" and x.rows // 16 * x.vectors < target.registers - 4
+            continue
         assert x.rows * x.vectors < target.registers and x.vectors * x.lanes * 4 < 1024
         assert 1 <= x.channel_block <= cg and x.dense == (site.kernel == "dense")
         assert not x.aligned or (name in ("csr", "wide") and x.vectors * x.lanes >= k.ALIGNED_SHORTEST)
@@ -53,6 +59,19 @@ def test_conv_spaces_are_legal(name: str, cpu: str) -> None:
             assert copies is not None and 4 * copies.floats(x.channel_block) <= target.l2_bytes / 4
         total = -(-site.dst.layout.positions // x.lanes)
         assert x.vectors == -(-total // -(-total // x.vectors)), "a lower tile would give as many tiles"
+
+
+def test_channels_in_the_lanes_stay_in_registers() -> None:
+    site, target = SITES["across"], TARGETS["znver4"]
+    found = list(site.space(target))
+    assert len(found) > 3 and all(isinstance(x, k.Knobs) and x.across and x.dense for x in found)
+    assert {x.rows for x in found if isinstance(x, k.Knobs)} == {16, 32}, "96 channels have no groups of 64"
+    tallest = max(found, key=lambda x: x.rows * x.vectors if isinstance(x, k.Knobs) else 0)
+    assert _spills(site, tallest, target) == 0
+    assert isinstance(tallest, k.Knobs)
+    for change in ({"rows": 64}, {"rows": 16, "vectors": 3}, {"rows": 32, "vectors": 14}, {"across": False}):
+        assert knobs_from(site, dataclasses.asdict(dataclasses.replace(tallest, **change)), target) is None
+    assert knobs_from(site, dataclasses.asdict(tallest), target) == tallest
 
 
 def test_known_spills_are_out() -> None:
