@@ -18,7 +18,7 @@ from tvm.script.ir_builder import tirx as B
 from ..errors import InternalError
 from ..layout import Layout
 from ..workload import PoolWorkload
-from .emit import Expr, broadcast, finish, kernel_attrs, store, transpose, vector
+from .emit import Expr, broadcast, fetch, finish, kernel_attrs, store, transpose, vector
 from .pointwise import Program, Slot
 
 
@@ -232,11 +232,18 @@ def emit_pointwise(program: Program, tensors: tuple[Slot, ...], dst: Slot) -> An
 
 
 POOL_TAPS = 64  # a window is straight-line code
+POOL_BYTES = 24 << 10  # of the source that windows which are neighbours share: of a block of channels, in L1
 
 
 def can_pool(workload: PoolWorkload) -> bool:
     """Whether ``emit_pool`` has a kernel."""
     return workload.kernel[0] * workload.kernel[1] <= POOL_TAPS
+
+
+def _touch_all(workload: PoolWorkload, s: Layout, d: Layout) -> bool:
+    """Whether every window has a tap inside of the image."""
+    (top, left, _, _), (sy, sx), (kh, kw) = workload.padding, workload.strides, workload.kernel
+    return kh > top and kw > left and (d.h - 1) * sy - top < s.h and (d.w - 1) * sx - left < s.w
 
 
 def emit_pool(workload: PoolWorkload, src: Slot, dst: Slot) -> Any:
@@ -250,9 +257,12 @@ def emit_pool(workload: PoolWorkload, src: Slot, dst: Slot) -> Any:
     s, lanes = src.layout, dst.layout.interleave
     if not can_pool(workload) or s.interleave != lanes or (s.n, s.c) != (dst.layout.n, dst.layout.c):
         raise InternalError(f"no interleaved kernel for {workload} from {s} to {dst.layout}")
-    top, left, bottom, right = workload.padding
+    (top, left, bottom, right), sx = workload.padding, workload.strides[1]
     largest = workload.kind == "max"
+    # Without gaps between taps, the pixel inside that is nearest to a tap outside is another tap: it changes no maximum.
+    repeat = largest and workload.dilation == (1, 1) and _touch_all(workload, s, dst.layout)
     nothing = broadcast(B.float32(float("-inf") if largest else 0), lanes)
+    block = max(1, POOL_BYTES // (4 * lanes * workload.kernel[0] * workload.kernel[1]))
 
     def axis(o: Expr, k: int, size: int, before: int, after: int) -> tuple[list[tuple[Expr, Expr]], Expr]:
         """(inside of the image, position) of each tap of window ``o``, and how many count in a mean."""
@@ -266,23 +276,30 @@ def emit_pool(workload: PoolWorkload, src: Slot, dst: Slot) -> Any:
         return [(i, B.max(B.min(p, size - 1), 0)) for i, p in zip(inside, at, strict=True)], B.max(count, 1)
 
     def body(source: Expr, out: Expr, band: Band) -> None:
-        with band.parallel() as (n, y):
+        blocks = -(-s.c // block)
+        with band.parallel() as (n, y), B.serial(0, blocks) as b:
             rows, high = axis(y, 0, s.h, top, bottom)
+            first = B.bind(b * block)
+            count = B.bind(B.min(s.c - first, block)) if blocks > 1 else s.c
             with B.serial(0, dst.layout.w) as x:
                 columns, wide = axis(x, 1, s.w, left, right)
                 taps = [
-                    (B.bind(B.And(i, j)), B.bind(src.at(0, n, ty, tx) + band.shift(0)))
+                    (None if repeat else B.bind(B.And(i, j)), B.bind(src.at(first, n, ty, tx) + band.shift(0)))
                     for i, ty in rows
                     for j, tx in columns
                 ]
                 scale = None if largest else B.bind(B.float32(1) / B.Cast("float32", high * wide))
-                with B.serial(0, s.c) as c:
+                new = [at for i, (_, at) in enumerate(taps) if i % workload.kernel[1] >= workload.kernel[1] - sx]
+                with B.serial(0, count) as c:
+                    for at in new:  # columns that the next window reads first
+                        fetch(source, at + (c * s.c_pitch + sx * s.x_pitch))
                     total: Any = None
                     for inside, at in taps:
-                        value = B.Select(inside, vector(source, at + c * s.c_pitch, lanes), nothing)
+                        value = vector(source, at + c * s.c_pitch, lanes)
+                        value = value if inside is None else B.Select(inside, value, nothing)
                         total = value if total is None else B.max(total, value) if largest else total + value
                     mean = total if largest else total * broadcast(scale, lanes)
-                    store(out, mean, dst.at(c, n, y, x) + band.shift(-1), lanes)
+                    store(out, mean, dst.at(first + c, n, y, x) + band.shift(-1), lanes)
 
     return _kernel((("src", src.size), ("dst", dst.size)), body, banded=(src, dst))
 
