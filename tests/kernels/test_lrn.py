@@ -1,11 +1,13 @@
 """Local response normalisation against the float64 reference."""
 
+import re
+
 import numpy as np
 import pytest
 
 from skimtvm.layout import Halo, Space, natural, plane
 from skimtvm.ops.lrn import lrn_reference
-from skimtvm.ops.packing import check_output, pack, run_kernel
+from skimtvm.ops.packing import check_output, compile_kernel, pack, run_kernel
 from skimtvm.schedules.lrn import emit_lrn
 from skimtvm.target import TARGETS
 from skimtvm.workload import LRNWorkload
@@ -52,3 +54,23 @@ def test_lrn_of_a_slice_does_not_see_the_neighbouring_channels(lanes):
     func = emit_lrn(wl, lay, lay, src_size=size, dst_size=size, src_channel=2, dst_channel=3, target=LANES[lanes])
     got = run_kernel(func, [pack(x, lay, size=size, channel=2, fill=np.nan)], size, LANES[lanes])
     check_output(got, lrn_reference(x, wl), lay, channel=3, rtol=1e-6)
+
+
+@by_lanes
+def test_lrn_of_numbers_whose_squares_overflow(lanes):
+    """They are 0, or too small to matter, and only what has NaN in its window is NaN."""
+    x = np.ones((1, 16, 4, 16), np.float32)
+    x[0, 3, 1], x[0, 8, 2, 5] = 1e30, np.nan
+    lay = natural(*x.shape)
+    func = emit_lrn(LRNWorkload(5), lay, lay, src_size=lay.size, dst_size=lay.size, target=LANES[lanes])
+    got = run_kernel(func, [x.ravel()], lay.size, LANES[lanes]).reshape(x.shape)
+    assert np.abs(got[0, 1:6, 1]).max() <= 1e3
+    alone = np.isnan(got)
+    assert alone[0, 6:11, 2, 5].all() and alone.sum() == 5
+
+
+def test_lrn_needs_no_division_and_no_square_root():
+    lay = natural(1, 96, 27, 27)
+    func = emit_lrn(LRNWorkload(5), lay, lay, src_size=lay.size, dst_size=lay.size, target=LANES[16])
+    asm = compile_kernel(func, LANES[16]).mod.inspect_source("asm")
+    assert "vrsqrt14ps" in asm and not re.search(r"v(div|sqrt)ps\s.*zmm", asm)
