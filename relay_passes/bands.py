@@ -14,7 +14,7 @@ end is reached, so that the rows of a k x k window stay together.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,7 +75,8 @@ class BandOrder:
     of the buffer of each value that is a window.
 
     ``images`` share a vector; ``cache``: bytes of the second level; ``reads(n)``: all that a node reads; ``whole``: values
-    that must be complete at the end and in ordinary buffers, such as results.
+    that must be complete at the end and in ordinary buffers, such as results; ``least``: rows that a value's kernel computes
+    together, a power of two (default: 1).
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class BandOrder:
         cache: int,
         reads: Callable[[Node], Iterable[Any]],
         whole: Iterable[Any],
+        least: Mapping[Any, int] | None = None,
     ) -> None:
         self.images, self.cache = images, cache
         self.nodes = {n.var: n for n in nodes if n.kind in BANDED}
@@ -94,7 +96,10 @@ class BandOrder:
             _, c, h, w = nchw(var)
             largest[h, w] = max(largest.get((h, w), 0), 4 * c * w * images)
         # Powers of two: bands of layers of different sizes then start at the same rows.
-        self.rows = {v: 1 << int(math.log2(max(1.0, BAND * cache / largest[nchw(v)[2:]]))) for v in self.nodes}
+        self.rows = {
+            v: max((least or {}).get(v, 1), 1 << int(math.log2(max(1.0, BAND * cache / largest[nchw(v)[2:]]))))
+            for v in self.nodes
+        }
         self.order: list[Step | Node] = []
         outside = {leaf: True for leaf in whole}
         for group in self._groups(nodes):

@@ -17,7 +17,6 @@ from tvm import relax
 
 from .. import winograd
 from ..chooser import Choice
-from ..errors import InternalError
 from ..kernels import FEW_ROWS
 from ..layout import Phases, natural
 from ..report import LayerRecord
@@ -60,12 +59,18 @@ class LowerLayers:
         bands = None
         if self.interleave > 1:
             reads = lambda n: [*n.inputs, *n.args, *tensor_leaves(graph.defs[n.var])]
-            bands = BandOrder(nodes, self.interleave, self.target.l2_bytes, reads, tensor_leaves(graph.result))
+            least = {n.var: self._least_rows(n) for n in nodes}
+            bands = BandOrder(nodes, self.interleave, self.target.l2_bytes, reads, tensor_leaves(graph.result), least)
         self.plan = Plan(nodes, list(graph.func.params), self.interleave, bands.windows if bands else None)
         lowering = _Lowering(self.knobs, bands, graph, nodes, self.plan, self.target, self.choices)
         out = lowering.run()
         self.calls = lowering.calls
         return out
+
+    def _least_rows(self, n: Node) -> int:
+        """Output rows that a kernel computes together: a band holds a multiple of them, or ends with the image."""
+        winograd = self.choices[n.layer.name].winograd if n.kind == "conv2d" and n.layer is not None else 0
+        return max(1, winograd)
 
 
 class _Lowering(FlatValues):
@@ -205,33 +210,38 @@ class _Lowering(FlatValues):
             n, op, kernel=kernel.name, reason=choice.reason, macs=wl.macs, nnz=int(np.count_nonzero(weight)),
             weights=weight.size, stored_bytes=kernel.stored_bytes, knobs=origin,
         )  # fmt: skip
-        arrays = kernel.constants[:-1] if self.plan.interleave > 1 else kernel.constants
-        return kernel, [self._const(a) for a in arrays], record
+        return kernel, self._constants(kernel), record
 
     def _lower_winograd(self, n: Node, choice: Choice) -> None:
         layer, wl, target, m = n.layer, n.workload, self.target, choice.winograd
-        if self.plan.interleave > 1:
-            raise InternalError(f"layer {self.name_of[n.var]}: no Winograd kernel for interleaved images")
         assert layer is not None and layer.weight is not None
-        phases, view = conv.phases(wl), wl.phase_view
-        if phases is None:
+        phases = conv.phases(wl)
+        if phases is None or self.plan.interleave > 1:
             buffer, src = self._contiguous(n.inputs[0])
         else:
             buffer, src = self._phases(n.inputs[0], phases, self.name_of[n.var])
         dst = self._slot(self.plan.places[n.var])
         residuals = [self._contiguous(t) for t in n.inputs[1:]]
-        weight = layer.weight
-        if not isinstance(wl, WinogradWorkload):
-            weight = winograd.transform(m, view.kh).forward(winograd.phase_filters(wl, weight))
-        slots = tuple(s for _, s in residuals)
-        site = WinogradSite(m, choice.rows == 0, choice.stored, view, weight, src, dst, layer.program, slots)
-        kernel = site.build(site.default(target), target)
-        args = [buffer, *(self._const(a) for a in kernel.constants), *self._channel_args(n), *(b for b, _ in residuals)]
-        record = self._record(
-            n, "conv2d", kernel=kernel.name, reason=choice.reason, macs=wl.macs, nnz=int(np.count_nonzero(layer.weight)),
-            weights=layer.weight.size, stored_bytes=kernel.stored_bytes,
-        )  # fmt: skip
+        if n.var not in self.built:
+            weight = layer.weight
+            if not isinstance(wl, WinogradWorkload):
+                filters = winograd.phase_filters(wl, weight)
+                weight = winograd.transform(m, filters.shape[-1]).forward(filters)
+            slots = tuple(s for _, s in residuals)
+            site = WinogradSite(m, choice.rows == 0, choice.stored, wl, weight, src, dst, layer.program, slots)
+            kernel = site.build(site.default(target), target)
+            record = self._record(
+                n, "conv2d", kernel=kernel.name, reason=choice.reason, macs=wl.macs,
+                nnz=int(np.count_nonzero(layer.weight)), weights=layer.weight.size, stored_bytes=kernel.stored_bytes,
+            )  # fmt: skip
+            self.built[n.var] = kernel, self._constants(kernel), record
+        kernel, constants, record = self.built[n.var]
+        args = [buffer, *constants, *self._band(n), *self._channel_args(n), *(b for b, _ in residuals)]
         self._write(n.var, kernel.key, kernel.name, kernel.emit, args, record, workspace=kernel.workspace)
+
+    def _constants(self, kernel: Built) -> list[Any]:
+        """Constant arguments of a convolution; in interleaved layouts without the last one, the band."""
+        return [self._const(a) for a in (kernel.constants[:-1] if self.plan.interleave > 1 else kernel.constants)]
 
     def _phases(self, x: Any, phases: Phases, name: str) -> tuple[Any, Slot]:
         key = self.plan.phase_key(x, phases)

@@ -33,18 +33,18 @@ WEIGHT_BANDWIDTH = 25e9  # bytes a second, streaming from memory
 ACTIVATION_BANDWIDTH = 8e9  # the same for the strided tiles of activations that leave the cache (TLB misses included)
 STREAM_BANDWIDTH = 200e9  # for interleaved activations, most of which stay in windows (``bands.py``)
 COPY_BANDWIDTH = 20e9
-INTERLEAVED = {False: 0.88, True: 0.77}  # time of a layer against planes: (dense and blocks, CSR)
+INTERLEAVED = {False: 0.88, True: 0.77}  # time of a direct layer against planes: (dense and blocks, CSR)
+PEAK = FLOPS / 0.85
 
 
 @dataclass(frozen=True)
 class Cut:
     """``index``: values before it, in graph order, run image by image; ``interleave``: images that share a vector behind it
-    (1: planes); ``reason``: one line; ``seconds``: what the model expects, an image."""
+    (1: planes); ``reason``: one line."""
 
     index: int
     interleave: int
     reason: str
-    seconds: float = 0.0
 
 
 def compare(single: Graph, batched: Graph, batch: int) -> str:
@@ -68,39 +68,51 @@ def compare(single: Graph, batched: Graph, batch: int) -> str:
 
 @dataclass(frozen=True)
 class _Cost:
-    """Seconds an image of one value: image by image, the batch as planes, the batch interleaved (Winograd kernels have
-    tiles in their lanes, not images: infinite)."""
+    """Seconds an image of one value: image by image, the batch as planes, the batch interleaved."""
 
     single: float
     planes: float
     interleaved: float
 
 
-def _cost(graph: Graph, var: Any, batch: int, choices: Mapping[str, Choice], cache: float) -> _Cost:
+def _seconds(choice: Choice, macs: int) -> float:
+    """Of the arithmetic of ``macs`` dense multiply-adds, Winograd transforms included."""
+    if choice.winograd:
+        return 2 * macs * choice.cost / PEAK
+    return 2 * macs * choice.stored / FLOPS * (2 if _csr(choice) else 1)
+
+
+def _csr(choice: Choice) -> bool:
+    return choice.rows == 1 and choice.kernel != "dense"
+
+
+def _cost(
+    graph: Graph, var: Any, batch: int, choices: Mapping[str, Choice], mixed: Mapping[str, Choice], cache: float
+) -> _Cost:
     moved = _size(var) + sum(_size(leaf) for leaf in tensor_leaves(graph.defs[var]))
     outside = moved * batch > cache
-    planes, mixed = moved / ACTIVATION_BANDWIDTH * outside, moved / STREAM_BANDWIDTH * outside
+    planes, interleaved = moved / ACTIVATION_BANDWIDTH * outside, moved / STREAM_BANDWIDTH * outside
     call = graph.defs[var]
     if not isinstance(call, relax.Call) or not isinstance(call.op, tvm.ir.GlobalVar):
-        return _Cost(0.0, planes, mixed)
+        return _Cost(0.0, planes, interleaved)
     func = graph.mod[call.op]
     if not func.attrs or func.attrs.get("skim.kind") not in ("conv2d", "dense"):
-        return _Cost(0.0, planes, mixed)
+        return _Cost(0.0, planes, interleaved)
     layer = read_layer(func)
     assert layer.weight is not None and layer.workload is not None
-    choice = choices[layer.name]
-    csr = choice.rows == 1 and choice.kernel != "dense"
-    seconds = 2 * layer.workload.macs * choice.stored / FLOPS * (2 if csr else 1)
+    choice, other = choices[layer.name], mixed[layer.name]
+    seconds = _seconds(choice, layer.workload.macs)
+    shared = _seconds(other, layer.workload.macs) * (1 if other.winograd else INTERLEAVED[_csr(other)])
     lanes = 1.0
     if isinstance(layer.workload, ConvWorkload):
         positions = layer.workload.out_h * (layer.workload.out_w + 1)
         lanes = layer.workload.out_h * layer.workload.out_w / round_up(positions, 16)
     # Weights arrive while others are multiplied: a layer takes the longer of the two.
-    arrive = layer.weight.size * choice.weight_bytes / WEIGHT_BANDWIDTH
+    arrive, arrives = (layer.weight.size * c.weight_bytes / WEIGHT_BANDWIDTH for c in (choice, other))
     return _Cost(
         max(seconds * (1 if lanes > 0.5 else 0.8 / lanes), arrive),
         max(seconds, arrive / batch) + planes,
-        math.inf if choice.winograd else max(seconds * INTERLEAVED[csr], arrive / batch) + mixed,
+        max(shared, arrives / batch) + interleaved,
     )
 
 
@@ -108,8 +120,16 @@ def _size(expr: Any) -> float:
     return 4.0 * math.prod(shape_of(expr))
 
 
-def find_cut(single: Graph, batched: Graph, batch: int, choices: Mapping[str, Choice], target: CpuTarget) -> Cut:
-    """Where to cut; index 0 when the whole batch at once is expected to be fastest everywhere."""
+def find_cut(
+    single: Graph,
+    batched: Graph,
+    batch: int,
+    choices: Mapping[str, Choice],
+    mixed: Mapping[str, Choice],
+    target: CpuTarget,
+) -> Cut:
+    """Where to cut; index 0 when the whole batch at once is expected to be fastest everywhere. ``mixed``: the kernels where
+    images are interleaved."""
     order = single.order()
     position = {v: i for i, v in enumerate(order)}
     outputs = set(tensor_leaves(single.result))
@@ -118,10 +138,10 @@ def find_cut(single: Graph, batched: Graph, batch: int, choices: Mapping[str, Ch
     }
     params_until = max([position[u] for p in single.func.params for u in single.users.get(p, {})], default=0)
     cache = 4.0 * target.l2_bytes  # what a core may expect to keep of the last level
-    costs = [_cost(single, var, batch, choices, cache) for var in order]
+    costs = [_cost(single, var, batch, choices, mixed, cache) for var in order]
     nodes = classify(batched, FEW_ROWS)
     whole = least = sum(c.planes for c in costs)
-    best = Cut(0, 1, "the whole batch at once", whole)
+    best = Cut(0, 1, "the whole batch at once")
     for i in range(len(order) + 1):  # cut before value i
         var = order[i - 1] if i else None
         if var is not None:
@@ -139,7 +159,7 @@ def find_cut(single: Graph, batched: Graph, batch: int, choices: Mapping[str, Ch
                 least = done + copies + rest
                 where = f"image by image up to {var.name}" if var is not None else "the whole batch at once"
                 how = f", then {interleave} images in the lanes of a vector" if interleave > 1 else ""
-                best = Cut(i, interleave, f"{where}{how}, saves {1e3 * (whole - least) * batch:.1f} ms (model)", least)
+                best = Cut(i, interleave, f"{where}{how}, saves {1e3 * (whole - least) * batch:.1f} ms (model)")
     return best
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..layout import Halo, Space, plane
+from ..layout import Halo, Space, interleaved, plane
 from ..target import CpuTarget
 from ..workload import ConvWorkload, DenseWorkload
 from . import conv2d, dense, gather_gemm, winograd
@@ -180,7 +180,8 @@ class WinogradSite:
         return f"{'dense' if self.dense else 'csr'}_winograd{self.m}"
 
     def default(self, target: CpuTarget) -> WinogradKnobs:
-        return wino.default_knobs(self.workload, self.m, self.dense, target, self.stored)
+        images = self.dst.layout.interleave
+        return wino.default_knobs(self.workload, self.m, self.dense, target, self.stored, images=images)
 
     def build(self, knobs: AnyKnobs | WinogradKnobs, target: CpuTarget) -> Built:
         assert isinstance(knobs, WinogradKnobs)
@@ -213,7 +214,7 @@ def version(name: str, target: CpuTarget) -> str:
     code and encoding of a few small layers, and of the knobs' names. Refactoring does not change it."""
     kernel, _, op = name.rpartition("_")
     digest = hashlib.sha256()
-    for site, changes in _samples(kernel, op):
+    for site, changes in _samples(kernel, op, target):
         default: Any = site.default(target)
         knobs = dataclasses.replace(default, **changes)
         built = site.build(knobs, target)
@@ -224,7 +225,7 @@ def version(name: str, target: CpuTarget) -> str:
     return digest.hexdigest()[:12]
 
 
-def _samples(kernel: str, op: str) -> list[tuple[AnySite, dict[str, int]]]:
+def _samples(kernel: str, op: str, target: CpuTarget) -> list[tuple[AnySite, dict[str, int]]]:
     rng = np.random.default_rng(0)
     relu = Program((Instr("add", ("t0", "c0")), Instr("nn.relu", ("v0",))), 1, 1)
     if op == "fc":
@@ -241,7 +242,11 @@ def _samples(kernel: str, op: str) -> list[tuple[AnySite, dict[str, int]]]:
     if op.startswith("winograd"):
         shape = (wl.k, wl.c, int(op[-1]) + 2, int(op[-1]) + 2)
         u: F32 = (rng.standard_normal(shape) * (rng.random(shape) < 0.3)).astype(np.float32)
-        return [(WinogradSite(int(op[-1]), kernel == "dense", 0.3, wl, u, *slots, relu), {})]
+        batch = dataclasses.replace(wl, n=target.lanes)
+        src, dst = (interleaved(target.lanes, c, 9, 9, halo, target.lanes) for c in (wl.c, wl.k))
+        mixed = Slot(src, src.size), Slot(dst, dst.size)
+        sizes = ((wl, slots), (batch, mixed))
+        return [(WinogradSite(int(op[-1]), kernel == "dense", 0.3, w, u, *places, relu), {}) for w, places in sizes]
     conv = ConvSite(kernel, rows, 0.3, wl, weight, *slots, relu)
     samples: list[tuple[AnySite, dict[str, int]]] = [
         (conv, {}),

@@ -16,10 +16,10 @@ and the slice of V of one position in L1::
             for k in b, v in vectors: y = epilogue(A^T M[k] A)
 
 Lanes are filled from runs of ``segment`` tiles of an image row, so that rows of 14, 7 or 2 tiles (56, 28, 7 pixels) and
-the images of a batch share vectors. Tables say where each run's rows begin. Rows of a tile that lie outside of the padded
-image count for discarded pixels only; the tables lead them to the last row inside, so that what is loaded is always
-initialised. For the same reason columns outside are replaced by zeros. Surplus lanes repeat the last run, and write what
-it writes.
+the images of a batch share vectors. Tables say where each run's rows begin. Pixels of a tile that lie outside of the padded
+image are zero: rows are led to the last row of the padding or, where there is none below, not loaded, and columns are
+replaced. (They count for discarded pixels only if the weights are those of a spatial filter.) Surplus lanes repeat the last
+run, and write what it writes.
 """
 
 from __future__ import annotations
@@ -61,9 +61,23 @@ class WinogradKnobs:
 
 
 @dataclass(frozen=True)
+class InterleavedTaps:
+    """Where tiles lie in interleaved images, along y and x: pixel i of the tile whose first output is o is input pixel
+    (o + i - ``above``) * ``strides`` + phase; taps begin at o * ``strides`` - ``before``, are ``kernel`` in number, and do
+    not reach beyond ``ends`` pixels, padding included."""
+
+    strides: tuple[int, int]
+    above: tuple[int, int]
+    before: tuple[int, int]
+    kernel: tuple[int, int]
+    ends: tuple[int, int]
+
+
+@dataclass(frozen=True)
 class WinogradGemm:
     """One kernel: all that its code depends on. ``c``, ``k``: channels of one convolution group; ``blocks``: blocks of
-    tiles; ``cut_columns``: some tiles reach beyond the padded image or the output at the right."""
+    tiles; ``cut_columns``: some tiles reach beyond the padded image or the output at the right; ``cut_rows``: beyond an
+    image without padding at the bottom. ``taps``: only of interleaved images, which have no tables."""
 
     m: int
     r: int
@@ -77,10 +91,21 @@ class WinogradGemm:
     knobs: WinogradKnobs
     epilogue: Program
     tensors: tuple[Slot, ...] = ()
+    cut_rows: bool = False
+    taps: InterleavedTaps | None = None
 
     @property
     def tile(self) -> int:
         return self.m + self.r - 1
+
+    @property
+    def interleaved(self) -> bool:
+        return self.dst.layout.interleave > 1
+
+    @property
+    def width(self) -> int:
+        """Floats of V between two channels: of the vectors that a row group works on at once."""
+        return self.knobs.together * self.knobs.lanes
 
     @property
     def positions(self) -> int:
@@ -122,15 +147,13 @@ class WinogradGemm:
         return self.positions * self.position_pitch + self.groups * self.channel_blocks * self.product_size
 
 
-class _Body:
+class Body:
     """Emits the loops of one kernel; holds the buffers."""
 
     def __init__(self, gemm: WinogradGemm, target: CpuTarget) -> None:
         self.gemm, self.knobs, self.target = gemm, gemm.knobs, target
         self.lanes = gemm.knobs.lanes
         self.f = matrices.transform(gemm.m, gemm.r)
-        total = gemm.blocks * gemm.knobs.vectors
-        runs = total * gemm.segments
         self.src = B.arg("src", B.Buffer((gemm.src.size,), "float32"))
         rows = gemm.groups * gemm.channel_blocks * gemm.positions * gemm.knobs.channel_block
         if gemm.knobs.dense:
@@ -141,27 +164,37 @@ class _Body:
             self.ip = B.arg("ip", B.Buffer((rows // gemm.knobs.rows + 1,), "int32"))
             self.off = B.match_buffer(B.arg("off_p", B.handle()), (entries,), "int32")
             self.data = B.match_buffer(B.arg("data_p", B.handle()), (entries * gemm.knobs.rows,), "float32")
-        self.rows_in = B.arg("rows_in", B.Buffer((runs * gemm.tile,), "int32"))
-        self.rows_out = B.arg("rows_out", B.Buffer((runs * gemm.m,), "int32"))
-        self.cut = self.width = None
-        if gemm.cut_columns:
-            self.cut = B.arg("cut", B.Buffer((total * (gemm.m - 1) * self.lanes,), "int32"))
-            self.width = B.arg("width", B.Buffer((runs,), "int32"))
+        self._place()
         channels = range(gemm.epilogue.channels)
         self.consts = {f"c{i}": B.arg(f"c{i}", B.Buffer((gemm.groups * gemm.k,), "float32")) for i in channels}
         self.tensors = [(s, B.arg(f"t{i + 1}", B.Buffer((s.size,), "float32"))) for i, s in enumerate(gemm.tensors)]
         self.out = B.arg("out", B.Buffer((gemm.dst.size,), "float32"))
         self.work = B.arg("work", B.Buffer((gemm.workspace,), "float32"))
 
+    def _place(self) -> None:
+        """The arguments that say where tiles lie."""
+        gemm = self.gemm
+        total = gemm.blocks * gemm.knobs.vectors
+        runs = total * gemm.segments
+        self.rows_in = B.arg("rows_in", B.Buffer((runs * gemm.tile,), "int32"))
+        self.rows_out = B.arg("rows_out", B.Buffer((runs * gemm.m,), "int32"))
+        self.cut = self.width = self.live = None
+        if gemm.cut_rows:
+            self.live = B.arg("live", B.Buffer((runs * gemm.tile,), "int32"))
+        if gemm.cut_columns:
+            self.cut = B.arg("cut", B.Buffer((total * (gemm.m - 1) * self.lanes,), "int32"))
+            self.width = B.arg("width", B.Buffer((runs,), "int32"))
+
     def emit(self) -> None:
         gemm = self.gemm
+        steps = self.knobs.vectors // self.knobs.together
         with B.serial(0, gemm.blocks) as block:
             with B.parallel(0, gemm.groups * gemm.c) as c, loop(self.knobs.vectors) as v:
                 self._input(block, c, v)
             with B.parallel(0, gemm.groups * gemm.channel_blocks) as b:
                 part = B.bind(gemm.positions * gemm.position_pitch + b * gemm.product_size)
                 with loop(gemm.positions) as p:
-                    self._product(b, p, part)
+                    self._product(b, p, part, steps)
                 first = B.bind(B.floormod(b, gemm.channel_blocks) * self.knobs.channel_block)
                 count = B.bind(B.min(gemm.k - first, self.knobs.channel_block))
                 with B.serial(0, count) as i:
@@ -178,7 +211,13 @@ class _Body:
         gemm = self.gemm
         width = self.knobs.segment * gemm.m
         per_chunk = self.lanes // width
-        loads = [vector(buffer, base + table[first + i * step], width) for i in range(gemm.segments)]
+        loads = []
+        for i in range(gemm.segments):
+            at = first + i * step
+            mask = None
+            if self.live is not None:
+                mask = B.get_active_lane_mask(f"uint1x{width}", B.int32(0), self.live[at])
+            loads.append(vector(buffer, base + table[at], width, mask))
         return [concat(loads[i : i + per_chunk], self.lanes) for i in range(0, gemm.segments, per_chunk)]
 
     def _input(self, block: Any, c: Any, v: Any) -> None:
@@ -200,20 +239,26 @@ class _Body:
             zero = broadcast(B.float32(0), lanes)
             pixels = [B.bind(B.Select(inside[j], x, zero)) if j in inside else x for j, x in enumerate(pixels[:t])]
             lines.append(transform(self.f.bt, pixels, lanes))
-        at = B.bind(c * gemm.tiles + v * lanes)
+        at = self._vector_of(c, v)
         for j in range(t):
             for i, value in enumerate(transform(self.f.bt, [line[j] for line in lines], lanes)):
                 store(self.work, value, at + (i * t + j) * gemm.position_pitch, lanes)
 
+    def _vector_of(self, c: Any, v: Any) -> Any:
+        """Where V of channel ``c`` and vector ``v`` of a block lies, from the beginning of a position."""
+        gemm, together = self.gemm, self.knobs.together
+        step, rest = (0, v) if together == self.knobs.vectors else (B.floordiv(v, together), B.floormod(v, together))
+        return B.bind((step * gemm.groups * gemm.c + c) * gemm.width + rest * self.lanes)
+
     # -- products --------------------------------------------------------------------------------------------------
-    def _product(self, b: Any, p: Any, part: Any) -> None:
-        """M of all output channels of block ``b`` at position ``p``."""
+    def _product(self, b: Any, p: Any, part: Any, steps: Any) -> None:
+        """M of all output channels of block ``b`` at position ``p``, of the first ``steps`` * together vectors."""
         gemm, knobs, lanes = self.gemm, self.knobs, self.lanes
-        own = B.bind(p * gemm.position_pitch + B.floordiv(b, gemm.channel_blocks) * gemm.c * gemm.tiles)
+        position = B.bind(p * gemm.position_pitch + B.floordiv(b, gemm.channel_blocks) * gemm.c * gemm.width)
         groups = knobs.channel_block // knobs.rows
         first = B.bind((b * gemm.positions + p) * groups)
-        with loop(knobs.vectors // knobs.together) as step, loop(groups) as g:
-            skip = B.bind(step * (knobs.together * lanes))
+        with loop(steps) as step, loop(groups) as g:
+            own = B.bind(position + step * (gemm.groups * gemm.c * gemm.width))
             count = knobs.together * knobs.unroll
             acc = [B.alloc_buffer((count * lanes,), "float32") for _ in range(knobs.rows)]
             for i in range(knobs.rows):
@@ -234,18 +279,18 @@ class _Body:
                 start = B.bind((first + g) * (gemm.c * knobs.rows))
                 with loop(gemm.c) as c:
                     fetch(self.data, start + c * knobs.rows + DENSE_AHEAD)
-                    step_entry(0, start + c * knobs.rows, own + skip + c * gemm.tiles)
+                    step_entry(0, start + c * knobs.rows, own + c * gemm.width)
             else:
                 low = B.bind(self.ip[first + g])
-                steps = B.bind(B.floordiv(self.ip[first + g + 1] - low, knobs.unroll))
+                turns = B.bind(B.floordiv(self.ip[first + g + 1] - low, knobs.unroll))
                 fetch(self.off, low + CSR_AHEAD)
                 fetch(self.data, (low + CSR_AHEAD) * knobs.rows)
-                with B.serial(0, steps) as s:
+                with B.serial(0, turns) as s:
                     for u in range(knobs.unroll):
                         e = low + s * knobs.unroll + u
-                        step_entry(u, e * knobs.rows, own + skip + self.off[e])
+                        step_entry(u, e * knobs.rows, own + self.off[e])
             for i in range(knobs.rows):
-                to = B.bind(part + (g * knobs.rows + i) * gemm.channel_pitch + p * gemm.tiles + skip)
+                to = B.bind(part + (g * knobs.rows + i) * gemm.channel_pitch + p * gemm.tiles + step * gemm.width)
                 for v in range(knobs.together):
                     sums = [vector(acc[i], (u * knobs.together + v) * lanes, lanes) for u in range(knobs.unroll)]
                     while len(sums) > 1:  # unroll is a power of two
@@ -301,13 +346,17 @@ class _Body:
 
 
 def emit(gemm: WinogradGemm, target: CpuTarget) -> Any:
-    """PrimFunc: src, (ip, off unless dense,) data, rows_in, rows_out, (cut, width,) c0.., t1.., out, work; all flat.
+    """PrimFunc: src, (ip, off unless dense,) data, rows_in, rows_out, (live,) (cut, width,) c0.., t1.., out, work; all flat.
+    Interleaved layouts have a ``band`` (``interleaved.Band``) in place of the tables.
 
     ``rows_in`` int32[runs * t], ``rows_out`` int32[runs * m]: first pixel of each row of each run of tiles, relative to
-    pixel 0 of a channel; ``cut`` int32[vectors, m - 1, lanes]: nonzero where column r, r + 1, ... of a tile is inside of the
-    padded image; ``width`` int32[runs]: pixels of a run that exist; ``work`` f32[workspace]: scratch.
+    pixel 0 of a channel; ``live`` int32[runs * t]: pixels of such a row that are loaded; ``cut`` int32[vectors, m - 1,
+    lanes]: nonzero where column r, r + 1, ... of a tile is inside of the padded image; ``width`` int32[runs]: pixels of a
+    run that exist; ``work`` f32[workspace]: scratch.
     """
+    from .winograd_interleaved import InterleavedBody
+
     with IRBuilder() as ib, B.prim_func(s_tir=True):
         kernel_attrs()
-        _Body(gemm, target).emit()
+        (InterleavedBody if gemm.interleaved else Body)(gemm, target).emit()
     return finish(ib)

@@ -12,11 +12,15 @@ from ..errors import InternalError
 from ..layout import round_up
 from ..target import CpuTarget
 from ..workload import ConvWorkload
+from .interleaved import whole_band
 from .pointwise import Program, Slot
-from .winograd import WinogradGemm, WinogradKnobs
+from .winograd import InterleavedTaps, WinogradGemm, WinogradKnobs
 
 I32 = npt.NDArray[np.int32]
 F32 = npt.NDArray[np.float32]
+
+# Of interleaved images: V of a block of tiles, in sizes of the second-level cache; tiles of a sparse row; output channels.
+INTERLEAVED_BLOCK, INTERLEAVED_TILES, INTERLEAVED_CHANNELS = 2.5, 7, 64
 
 
 def tile_count(wl: ConvWorkload, m: int, segment: int) -> int:
@@ -24,8 +28,14 @@ def tile_count(wl: ConvWorkload, m: int, segment: int) -> int:
     return wl.n * -(-wl.out_h // m) * round_up(-(-wl.out_w // m), segment)
 
 
-def default_knobs(wl: ConvWorkload, m: int, dense: bool, target: CpuTarget, stored: float = 0.1) -> WinogradKnobs:
-    """Blocks that fill the caches: V and M of a block of tiles in L2, V of one position in L1."""
+def default_knobs(
+    wl: ConvWorkload, m: int, dense: bool, target: CpuTarget, stored: float = 0.1, *, images: int = 1
+) -> WinogradKnobs:
+    """Blocks that fill the caches: V and M of a block of tiles in L2, V of one position in L1. ``images`` share a vector:
+    more than one in interleaved layouts."""
+    wl = wl.phase_view
+    if images > 1:
+        return _interleaved_knobs(wl, m, dense, target, images)
     t, lanes = m + wl.kh - 1, target.lanes
     per_group = wl.k // wl.groups
     fits = [s for s in (8, 4, 2, 1) if s * m <= lanes]
@@ -49,6 +59,24 @@ def default_knobs(wl: ConvWorkload, m: int, dense: bool, target: CpuTarget, stor
     return WinogradKnobs(rows, dense, vectors, together, unroll, channel_block, lanes, segment)
 
 
+def _interleaved_knobs(wl: ConvWorkload, m: int, dense: bool, target: CpuTarget, images: int) -> WinogradKnobs:
+    """``wl``: of stride 1. Sparse rows work on several tiles at once, which evenly divide a row of tiles; the exact number
+    matters little (2 to 7 are within 5% on 64 to 256 channels). At least two blocks of output channels, for two threads."""
+    t, per_group = m + wl.kh - 1, wl.k // wl.groups
+    across = -(-wl.out_w // m)
+    if dense:
+        rows, together = min(8 if target.registers > 16 else 6, per_group), 1
+        vectors = min(2, across)
+    else:
+        most = int(INTERLEAVED_BLOCK * target.l2_bytes) // (4 * t * t * wl.c * images)
+        sizes = range(1, max(1, min(most, INTERLEAVED_TILES, across)) + 1)
+        rows, together = 1, min(sizes, key=lambda n: (-(-across // n) * n, -n))
+        vectors = together
+    blocks = max(2, -(-per_group // INTERLEAVED_CHANNELS)) if per_group > 1 else 1
+    channel_block = round_up(-(-per_group // blocks), rows)
+    return WinogradKnobs(rows, dense, vectors, together, 1, channel_block, images, 1)
+
+
 @dataclass(frozen=True, eq=False)
 class WinogradKernel:
     """A kernel and its constant arguments, in the order of the PrimFunc: src, ``constants``, channel operands, residuals,
@@ -60,7 +88,7 @@ class WinogradKernel:
 
 
 def _tables(wl: ConvWorkload, gemm: WinogradGemm) -> list[I32]:
-    """rows_in and rows_out, and where tiles are cut also cut and width (see ``winograd.emit``)."""
+    """rows_in and rows_out, and where tiles are cut also live, cut and width (see ``winograd.emit``)."""
     m, t, knobs = gemm.m, gemm.tile, gemm.knobs
     down, across = -(-wl.out_h // m), -(-wl.out_w // m)
     lanes = gemm.blocks * gemm.tiles
@@ -76,6 +104,9 @@ def _tables(wl: ConvWorkload, gemm: WinogradGemm) -> list[I32]:
     row = np.minimum(y * m + np.arange(m), wl.out_h - 1)
     rows_out = image * d.n_pitch + row * d.row_pitch + (x * m)[:, None]
     out = [rows_in, rows_out]
+    if gemm.cut_rows:
+        inside = y * m + np.arange(t) < wl.out_h + wl.kh - 1
+        out.append(np.where(inside, knobs.segment * m, 0))
     if gemm.cut_columns:
         column = (x[:, None] + np.arange(knobs.segment)).reshape(-1, 1) * m + np.arange(wl.kw, t)
         cut = (column < wl.out_w + wl.kw - 1).reshape(-1, knobs.lanes, m - 1).transpose(0, 2, 1)
@@ -103,9 +134,19 @@ def _sparse(u: F32, gemm: WinogradGemm) -> list[F32 | I32]:
     within = np.arange(row.size) - np.repeat(np.cumsum(counts) - counts, counts)
     at = ip[row] + within
     off, data = np.zeros(size, np.int32), np.zeros((size, knobs.rows), np.float32)
-    off[at] = column * gemm.tiles
+    off[at] = column * gemm.width
     data[at] = part[row, :, column]
     return [ip, off, data.reshape(-1)]
+
+
+def _taps(wl: ConvWorkload) -> InterleavedTaps:
+    top, left, bottom, right = wl.padding
+    ends = (
+        min(wl.h + bottom, (wl.out_h - 1) * wl.strides[0] + wl.kh - top),
+        min(wl.w + right, (wl.out_w - 1) * wl.strides[1] + wl.kw - left),
+    )
+    above = wl.phase_view.padding[:2]
+    return InterleavedTaps(wl.strides, above, (top, left), (wl.kh, wl.kw), ends)
 
 
 def build(
@@ -121,15 +162,20 @@ def build(
 ) -> WinogradKernel:
     """Encode Winograd-domain ``weight`` f32[k, c / groups, t, t] for ``knobs`` and describe the kernel.
 
-    ``wl``: the convolution, of stride 1, that F(m x m, kh x kw) computes. ``src`` holds its padded planes.
+    ``wl``: the convolution; a strided one is computed by F(m x m, r x r) as one of stride 1 on phase planes
+    (``ConvWorkload.phase_view``), whose weights these are. ``src`` holds the padded planes, or the interleaved images.
     """
+    whole, wl = wl, wl.phase_view
     f = matrices.transform(m, wl.kh)
-    if wl.strides != (1, 1) or wl.dilation != (1, 1) or wl.kh != wl.kw:
-        raise InternalError(f"convolution {wl}: Winograd kernels have stride 1 and square filters")
+    if wl.dilation != (1, 1) or wl.kh != wl.kw:
+        raise InternalError(f"convolution {wl}: Winograd kernels have square filters without dilation")
     if weight.shape != (wl.k, wl.c // wl.groups, f.tile, f.tile):
         raise InternalError(f"convolution {wl}: {f.name} has no weights of shape {weight.shape}")
     per_group, lanes = wl.k // wl.groups, knobs.lanes
-    total = -(-tile_count(wl, m, knobs.segment) // (lanes * knobs.vectors))
+    images = dst.layout.interleave
+    if src.layout.interleave != images or (images > 1 and lanes != images):
+        raise InternalError(f"convolution {wl}: vectors of {lanes} tiles between {src.layout} and {dst.layout}")
+    total = 0 if images > 1 else -(-tile_count(wl, m, knobs.segment) // (lanes * knobs.vectors))
     gemm = WinogradGemm(
         m=m,
         r=wl.kh,
@@ -139,10 +185,12 @@ def build(
         c=wl.c // wl.groups,
         k=per_group,
         blocks=total,
-        cut_columns=bool(wl.out_w % (m * knobs.segment)),
+        cut_columns=images == 1 and bool(wl.out_w % (m * knobs.segment)),
         knobs=knobs,
         epilogue=epilogue or Program(),
         tensors=tensors,
+        cut_rows=images == 1 and bool(wl.out_h % m) and not wl.padding[2],
+        taps=_taps(whole) if images > 1 else None,
     )
     blocks, block = gemm.channel_blocks, knobs.channel_block
     u = np.zeros((wl.groups, blocks * block, gemm.c, gemm.positions), np.float32)
@@ -150,4 +198,5 @@ def build(
     u = np.ascontiguousarray(u.reshape(wl.groups * blocks, block, gemm.c, -1).transpose(0, 3, 1, 2))
     constants: list[F32 | I32] = _dense(u, gemm) if knobs.dense else _sparse(u, gemm)
     stored = sum(a.nbytes for a in constants)
-    return WinogradKernel(gemm, (*constants, *_tables(wl, gemm)), stored)
+    places = [whole_band((src, *tensors, dst))] if gemm.interleaved else _tables(wl, gemm)
+    return WinogradKernel(gemm, (*constants, *places), stored)

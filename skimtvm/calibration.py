@@ -41,7 +41,7 @@ class Point:
     """One measurement: ``kernel`` and ``op`` name a row of ``KERNELS``; ``stored``: fraction of the weights that it stored
     (R x 1 blocks with a nonzero); ``density``: fraction of nonzeros; ``seconds``: median of a call over ``samples``,
     ``spread`` 10th and 90th percentile; ``alpha``: seconds over density, over the seconds of the direct dense kernel;
-    ``code``: what was run."""
+    ``code``: what was run; ``interleave``: images that shared a vector (``layout.py``)."""
 
     kernel: str
     op: str
@@ -53,6 +53,7 @@ class Point:
     samples: int
     alpha: float | None = None
     code: str = ""
+    interleave: int = 1
 
     @property
     def row(self) -> Kernel:
@@ -60,14 +61,15 @@ class Point:
 
     @property
     def family(self) -> str:
-        return family(self.row, self.workload)
+        return family(self.row, self.workload, self.interleave)
 
     def to_json(self) -> dict[str, Any]:
         raw = dataclasses.asdict(self)
         kind = next(name for name, cls in _TYPES.items() if type(self.workload) is cls)
         plain = {f.name: f.default for f in dataclasses.fields(self.workload)}
         shape = {name: value for name, value in raw["workload"].items() if value != plain[name]}
-        return {name: v for name, v in raw.items() if v is not None} | {"workload": {"type": kind, **shape}}
+        kept = {name: v for name, v in raw.items() if v is not None and (name, v) != ("interleave", 1)}
+        return kept | {"workload": {"type": kind, **shape}}
 
     @staticmethod
     def from_json(raw: Mapping[str, Any]) -> Point:
@@ -79,9 +81,9 @@ class Point:
         low, high = raw["spread"]
         values["spread"] = (float(low), float(high))
         point = Point(**values)
-        numbers = (point.seconds, point.stored, point.density)
+        numbers = (point.seconds, point.stored, point.density, point.interleave)
         if not all(isinstance(x, int | float) and math.isfinite(x) and x > 0 for x in numbers):
-            raise ValueError("seconds, stored and density must be numbers above 0")
+            raise ValueError("seconds, stored, density and interleave must be numbers above 0")
         row = next((k for k in KERNELS if (k.name, k.op) == (point.kernel, point.op)), None)
         if row is None or (why := row.rejects(point.workload)):
             raise ValueError(f"kernel '{point.kernel}' of {point.op}: {why if row else 'unknown'}")
@@ -181,25 +183,23 @@ class Calibration:
         for p in self.points:
             modelled = cost(p.row, p.stored, p.workload) * self.unit(p.row, p.workload)
             ratio = math.log(p.seconds / modelled)
-            found.setdefault((p.family, p.workload), []).append((math.log(p.stored), ratio))
+            found.setdefault((p.family, _seen(p.row, p.workload)), []).append((math.log(p.stored), ratio))
         curves: dict[str, list[_Curve]] = {}
         for (name, workload), values in found.items():
             curves.setdefault(name, []).append(_Curve(_place(workload), tuple(sorted(values))))
         return curves
 
-    def knows(self, kernel: Kernel, workload: Workload) -> bool:
-        """Whether the table has points of ``kernel``."""
-        return family(kernel, workload) in self._curves
+    def knows(self, kernel: Kernel, workload: Workload, interleave: int = 1) -> bool:
+        """Whether the table has points of ``kernel``, with so many images in a vector."""
+        return family(kernel, workload, interleave) in self._curves
 
-    def factor(self, kernel: Kernel, stored: float, workload: Workload) -> float:
-        """Measured over modelled time; 1 for a kernel that was not measured."""
-        curves = self._curves.get(family(kernel, workload))
+    def factor(self, kernel: Kernel, stored: float, workload: Workload, interleave: int = 1) -> float:
+        """Measured over modelled time; that of planes for a kernel that was not measured with ``interleave`` images in a
+        vector, and 1 for one that was not measured at all."""
+        curves = self._curves.get(family(kernel, workload, interleave)) or self._curves.get(family(kernel, workload))
         if not curves:
             return 1.0
-        if outputs(kernel, workload):  # which see phase planes
-            assert isinstance(workload, ConvWorkload)
-            workload = workload.phase_view
-        here, at = _place(workload), math.log(max(stored, 1e-9))
+        here, at = _place(_seen(kernel, workload)), math.log(max(stored, 1e-9))
         total = weights = 0.0
         for curve in curves:
             distance = math.dist(here, curve.place)
@@ -267,6 +267,11 @@ def _between(values: Sequence[tuple[float, float]], x: float) -> float:
     return y + (z - y) * (x - a) / (b - a)
 
 
+def _seen(kernel: Kernel, workload: Workload) -> Workload:
+    """The shape that counts: Winograd kernels see phase planes."""
+    return workload.phase_view if isinstance(workload, ConvWorkload) and outputs(kernel, workload) else workload
+
+
 def _place(workload: Workload) -> tuple[float, ...]:
     """Where a shape lies: binary logarithms of output positions, input channels, output channels and taps. Kernel size
     counts twice: 1x1 and 3x3 layers read their input in different ways."""
@@ -278,10 +283,12 @@ def _place(workload: Workload) -> tuple[float, ...]:
     return math.log2(positions), math.log2(w.c // w.groups), math.log2(w.k // w.groups), taps
 
 
-def family(kernel: Kernel, workload: Workload) -> str:
-    """What shares code: Winograd kernels are the same whether the weights came as pixels or as positions."""
+def family(kernel: Kernel, workload: Workload, interleave: int = 1) -> str:
+    """What shares code: Winograd kernels are the same whether the weights came as pixels or as positions; kernels with
+    images in the lanes of a vector are others."""
     m = outputs(kernel, workload)
-    return f"{'csr' if kernel.rows else 'dense'}_winograd{m}" if m else f"{kernel.name}_{kernel.op}"
+    name = f"{'csr' if kernel.rows else 'dense'}_winograd{m}" if m else f"{kernel.name}_{kernel.op}"
+    return f"{name}_interleaved" if interleave > 1 else name
 
 
 # ---- which file ----------------------------------------------------------------------------------------------------

@@ -26,7 +26,8 @@ from .workload import ConvWorkload, DenseWorkload
 class Choice:
     """``kernel``: name in ``kernels.py``; ``rows``: R of it; ``reason``: one line for the report; ``stored``: fraction of
     the dense layer's multiply-adds that the kernel does; ``winograd``: m of F(m x m, r x r), 0 for direct kernels;
-    ``weight_bytes``: bytes of the stored weights for each weight of the layer."""
+    ``weight_bytes``: bytes of the stored weights for each weight of the layer; ``cost``: expected time, in units of
+    ``cost_model.cost``."""
 
     kernel: str
     rows: int
@@ -34,6 +35,7 @@ class Choice:
     stored: float = 1.0
     winograd: int = 0
     weight_bytes: float = 4.0
+    cost: float = 0.0
 
 
 def _describe(stats: SparsityStats) -> str:
@@ -51,13 +53,14 @@ def choose(
     tolerance: float = 1e-4,
     winograd_error: Callable[[int], float] | None = None,
     calibration: Calibration | None = None,
+    interleave: int = 1,
 ) -> Choice:
     """The kernel of one layer.
 
     ``threshold``: a layer is sparse when its density is at most this, whatever the model says. ``force``: layer name ->
     kernel. ``winograd_error``: m -> error that F(m x m, r x r) is expected to add to a layer with spatial weights, over
     its largest output; None rules these kernels out, whose epilogues are short. They are chosen where it is at most
-    ``tolerance``. ``calibration``: the measured table, which corrects the model.
+    ``tolerance``. ``calibration``: the measured table, which corrects the model. ``interleave``: images that share a vector.
     Raises InvalidOption for a forced kernel that does not exist or does not fit the layer.
     """
     options = {k.name: k for k in applicable(workload)}
@@ -70,16 +73,16 @@ def choose(
             if kernel.winograd:
                 view = workload.phase_view
                 each *= (m + view.kh - 1) ** 2 * view.row_length / (view.kh**2 * workload.row_length)
-        return Choice(kernel.name, kernel.rows, reason, stored, m, each * stored_share(kernel, stats))
+        return Choice(kernel.name, kernel.rows, reason, stored, m, each * stored_share(kernel, stats), cost(kernel))
 
     def cost(kernel: Kernel) -> float:
         stored = stored_share(kernel, stats)
-        factor = calibration.factor(kernel, stored, workload) if calibration is not None else 1.0
+        factor = calibration.factor(kernel, stored, workload, interleave) if calibration is not None else 1.0
         return modelled(kernel, stored, workload) * factor
 
     def basis(*kernels: Kernel) -> str:
-        known = calibration is not None and all(calibration.knows(k, workload) for k in kernels)
-        return "measured" if known else "model"
+        known = calibration is not None and all(calibration.knows(k, workload, interleave) for k in kernels)
+        return ("measured" if known else "model") + (" interleaved" if interleave > 1 else "")
 
     about, direct = _describe(stats), options["dense"]
     forced = (force or {}).get(name)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -78,11 +78,10 @@ def choose_kernels(
     force: dict[str, str],
     tolerance: float = 1e-4,
     calibration: Calibration | None = None,
-    *,
-    direct: bool = False,
+    interleave: int = 1,
 ) -> dict[str, Choice]:
-    """Choice for every convolution and dense layer of a fused module, by layer name. ``direct``: no Winograd kernels for
-    spatial weights, except forced ones."""
+    """Choice for every convolution and dense layer of a fused module, by layer name. ``interleave``: images that share a
+    vector."""
     choices: dict[str, Choice] = {}
     for func in mod.functions.values():
         if (
@@ -106,10 +105,9 @@ def choose_kernels(
             threshold=threshold,
             force=force,
             tolerance=tolerance,
-            winograd_error=partial(_winograd_error, layer)
-            if not native and brief and (not direct or layer.name in force)
-            else None,
+            winograd_error=partial(_winograd_error, layer) if not native and brief else None,
             calibration=calibration,
+            interleave=interleave,
         )
     unknown = sorted(set(force) - set(choices))
     if unknown:
@@ -169,16 +167,15 @@ def run(
     # 3. sparse or dense, layer by layer
     choices = choose_kernels(whole, threshold, force or {}, tolerance, calibration)
     if single is not None:
-        plans = [choices]
-        if any(c.winograd for c in choices.values()):  # which exclude interleaving: the two are weighed as a whole
-            direct = choose_kernels(whole, threshold, force or {}, tolerance, calibration, direct=True)
-            why = "; direct, which lets images share vectors"
-            plans.append({k: replace(c, reason=c.reason + why * bool(choices[k].winograd)) for k, c in direct.items()})
-        parts = _split(mod, single, target, plans, native)
+        lanes = target.lanes
+        full = batch % lanes == 0
+        mixed = choose_kernels(whole, threshold, force or {}, tolerance, calibration, lanes) if full else choices
+        parts = _split(mod, single, target, choices, mixed, native)
         if parts is not None:
-            first, second, batch, cut, choices = parts
+            first, second, batch, cut = parts
             step("lower", 0.2)
-            rest = _lower(second, target, choices, dump, "", cut.interleave, knobs) if second is not None else None
+            then = mixed if cut.interleave > 1 else choices
+            rest = _lower(second, target, then, dump, "", cut.interleave, knobs) if second is not None else None
             if first is None:
                 assert rest is not None
                 return rest
@@ -205,22 +202,22 @@ def _split(
     mod: tvm.IRModule,
     single: tvm.IRModule,
     target: CpuTarget,
-    plans: list[dict[str, Choice]],
+    choices: dict[str, Choice],
+    mixed: dict[str, Choice],
     winograd: Mapping[str, tuple[int, int]],
-) -> tuple[tvm.IRModule | None, tvm.IRModule | None, int, Cut, dict[str, Choice]] | None:
-    """Both halves of a network that gains from running its first layers image by image, or from interleaved images, and
-    the one of ``plans`` that is fastest so."""
+) -> tuple[tvm.IRModule | None, tvm.IRModule | None, int, Cut] | None:
+    """Both halves of a network that gains from running its first layers image by image, or from interleaved images, for
+    which ``mixed`` are the kernels."""
     batched, one = (Graph.of(_fuse(m, winograd, gates=False)) for m in (mod, single))
     if batched is None or one is None:
         return None
     batch = shape_of(batched.func.params[0])[0]
     if compare(one, batched, batch):
         return None
-    cuts = [find_cut(one, batched, batch, choices, target) for choices in plans]
-    cut, choices = min(zip(cuts, plans, strict=True), key=lambda pair: pair[0].seconds)
+    cut = find_cut(one, batched, batch, choices, mixed, target)
     if cut.index:
-        return (*halves(one, batched, cut), batch, cut, choices)
-    return (None, batched.mod, batch, cut, choices) if cut.interleave > 1 else None
+        return (*halves(one, batched, cut), batch, cut)
+    return (None, batched.mod, batch, cut) if cut.interleave > 1 else None
 
 
 def _lower(

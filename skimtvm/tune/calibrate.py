@@ -2,7 +2,8 @@
 
 A sample is a single call as in the middle of a network: the input has just been written, the weights have left the caches
 since the last run. With warm weights, fully connected layers would look dense that are bound by memory in every network
-which does not fit the cache as a whole (AlexNet's last layer: 9% of the network).
+which does not fit the cache as a whole (AlexNet's last layer: 9% of the network). Layers of interleaved images run band
+after band instead (``relay_passes/bands.py``): there, a sample is a call that follows another one of the same kernel.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from ..bench.machine import cpu_model, peak_gflops, read_gbs, versions
 from ..calibration import Calibration, Point, family, host_cpuid
 from ..errors import OutputExists, SkimError
 from ..kernels import Kernel, applicable
-from ..layout import Space, plane
+from ..layout import Halo, Space, interleaved, plane
 from ..schedules import conv2d
 from ..schedules.pointwise import Instr, Program, Slot
 from ..schedules.sites import AnySite, ConvSite, FcSite, WinogradSite, version
@@ -38,19 +39,23 @@ EVICTED = 64 << 20  # bytes read between two calls
 SIZES = (1 << 18, 1 << 22, 1 << 24, 1 << 26, 1 << 28)  # bytes that are read
 
 
-def _conv(c: int, k: int, size: int, taps: int) -> ConvWorkload:
+def _conv(c: int, k: int, size: int, taps: int, rows: int = 0) -> ConvWorkload:
+    """``rows``: of the image, if it is not square."""
     pad = taps // 2
-    return ConvWorkload(1, c, size, size, k, taps, taps, padding=(pad,) * 4)
+    return ConvWorkload(1, c, rows or size, size, k, taps, taps, padding=(pad,) * 4)
 
 
 @dataclass(frozen=True)
 class Grid:
-    """``shapes`` at ``densities`` (the fraction of R x 1 blocks for block kernels); a kernel gives ``rounds`` samples."""
+    """``shapes`` at ``densities`` (the fraction of R x 1 blocks for block kernels); a kernel gives ``rounds`` samples.
+    ``interleaved``: shapes, but for the batch, of layers with images in the lanes of a vector, at ``coarse`` densities."""
 
     shapes: tuple[Workload, ...]
     densities: tuple[float, ...] = DENSITIES
     sizes: tuple[int, ...] = SIZES
     rounds: int = 21
+    interleaved: tuple[ConvWorkload, ...] = ()
+    coarse: tuple[float, ...] = (0.05, 0.2, 0.6)
 
 
 FULL = Grid(
@@ -61,37 +66,47 @@ FULL = Grid(
         *(_conv(c, k, size, 5) for c, k, size in ((48, 128, 27), (32, 96, 14), (48, 128, 7))),
         *(DenseWorkload(1, k, n) for k, n in ((256, 128), (512, 512), (1024, 1000), (2048, 1000), (4096, 4096))),
         *(DenseWorkload(m, 1024, 1000) for m in (2, 4, 16)),
-    )
+    ),
+    # As many rows as a band may have: layers take turns band by band, so that larger images are in cache, too.
+    interleaved=(
+        *(_conv(c, c, size, 3, rows) for c, size, rows in ((64, 56, 8), (128, 28, 12), (256, 14, 14), (512, 7, 7))),
+        *(_conv(c, k, size, 1, rows) for c, k, size, rows in ((64, 256, 56, 4), (256, 64, 56, 4), (256, 1024, 14, 14))),
+        *(_conv(c, k, size, 1) for c, k, size in ((1024, 256, 14), (512, 2048, 7))),
+        _conv(32, 96, 14, 5),
+        ConvWorkload(1, 3, 32, 224, 64, 7, 7, (2, 2), (3, 3, 3, 3)),
+    ),
 )
 # Enough for every kernel to be known, in seconds: for a look, and for tests.
 QUICK = Grid(
     (_conv(16, 16, 14, 3), _conv(32, 32, 14, 1), _conv(16, 16, 14, 5), DenseWorkload(1, 256, 128)),
-    (0.1, 0.5), (1 << 18, 1 << 24), 5,
+    (0.1, 0.5), (1 << 18, 1 << 24), 5, (_conv(16, 16, 8, 3),), (0.1, 0.5),
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Case:
-    """``kernel`` on ``workload`` at ``density`` of its blocks (1 for dense kernels)."""
+    """``kernel`` on ``workload`` at ``density`` of its blocks (1 for dense kernels); ``interleave``: images in a vector.
+    Planes are of convolutions of stride 1 that keep the size."""
 
     kernel: Kernel
     workload: Workload
     density: float
+    interleave: int = 1
 
 
-def cases(workload: Workload, densities: Sequence[float]) -> Iterator[Case]:
+def cases(workload: Workload, densities: Sequence[float], interleave: int = 1) -> Iterator[Case]:
     """Every kernel that can run a layer of this shape, the direct dense one first. A convolution stands for the native
     Winograd layer of its shape, too."""
     direct = applicable(workload)
     for kernel in direct:
         for density in densities if kernel.rows else (1.0,):
-            yield Case(kernel, workload, density)
+            yield Case(kernel, workload, density, interleave)
     for kernel in direct:
-        if kernel.winograd and isinstance(workload, ConvWorkload):
+        if kernel.winograd and isinstance(workload, ConvWorkload) and workload.strides == (1, 1):
             native = WinogradWorkload(**asdict(workload), m=kernel.winograd)
             sparse = next(k for k in applicable(native) if k.rows)
             for density in densities:
-                yield Case(sparse, native, density)
+                yield Case(sparse, native, density, interleave)
 
 
 def site(case: Case) -> tuple[AnySite, float]:
@@ -111,14 +126,19 @@ def site(case: Case) -> tuple[AnySite, float]:
         return FcSite(kernel.name, case.density, wl, weight, BIAS_RELU), _density(weight)
     # A dense layer of many rows runs as a 1x1 convolution over its rows.
     conv = ConvWorkload(1, wl.k, 1, wl.m, wl.n, 1, 1) if isinstance(wl, DenseWorkload) else wl
-    halo = conv2d.halo(conv)
-    space = Space(conv.w + max(halo.left, halo.right), conv.h + max(halo.top, halo.bottom))
-    src, dst = (plane(conv.n, channels, conv.h, conv.w, space, halo) for channels in (conv.c, conv.k))
+    halo = conv2d.halo(conv, interleaved=case.interleave > 1)
+    if case.interleave > 1:
+        src = interleaved(conv.n, conv.c, conv.h, conv.w, halo, case.interleave)
+        dst = interleaved(*conv.out_shape, Halo(), case.interleave)
+    else:
+        space = Space(conv.w + max(halo.left, halo.right), conv.h + max(halo.top, halo.bottom))
+        src, dst = (plane(conv.n, channels, conv.h, conv.w, space, halo) for channels in (conv.c, conv.k))
     slots = Slot(src, src.size), Slot(dst, dst.size)
     m = wl.m if isinstance(wl, WinogradWorkload) else kernel.winograd
     if m:
-        t = m + conv.kh - 1
-        weight = weights((conv.k, conv.c // conv.groups, t, t), rows)
+        view = conv.phase_view
+        t = m + view.kh - 1
+        weight = weights((conv.k, view.c // view.groups, t, t), rows)
         return WinogradSite(m, not kernel.rows, case.density, conv, weight, *slots, BIAS_RELU), _density(weight)
     weight = weights(conv.weight_shape, rows)
     made = ConvSite(kernel.name, rows, case.density, conv, weight, *slots, BIAS_RELU)
@@ -141,7 +161,7 @@ def calibrate(
     runner = Here(tvm, options, 1)
     names = sorted({family(c.kernel, c.workload) for shape in grid.shapes for c in cases(shape, grid.densities)})
     kernels = {name: version(name, target) for name in names}
-    done = Kept(kept, {"cpuid": host_cpuid(), "kernels": kernels, "grid": [*grid.densities, grid.rounds]})
+    done = Kept(kept, {"cpuid": host_cpuid(), "kernels": kernels, "grid": [*grid.densities, *grid.coarse, grid.rounds]})
 
     def run() -> tuple[float, list[list[float]], list[Point]]:
         if done.rates is None:
@@ -151,10 +171,13 @@ def calibrate(
                 done.add_rates(peak, [[float(size), 1e9 * read_gbs(1, size)] for size in grid.sizes])
         assert done.rates is not None
         points: list[Point] = []
-        for i, workload in enumerate(grid.shapes):
+        batches = [replace(wl, n=target.lanes) for wl in grid.interleaved]
+        whole: list[tuple[Workload, int]] = [(wl, 1) for wl in grid.shapes] + [(wl, target.lanes) for wl in batches]
+        for i, (workload, interleave) in enumerate(whole):
             if workload not in done.shapes:
-                at = partial(_at, report, i / len(grid.shapes))
-                done.add(workload, _shape(workload, grid, target, runner, at))
+                found = list(cases(workload, grid.coarse if interleave > 1 else grid.densities, interleave))
+                at = partial(_at, report, i / len(whole))
+                done.add(workload, _shape(found, grid.rounds, target, runner, at))
             points += done.shapes[workload]
         return *done.rates, points
 
@@ -217,8 +240,9 @@ def _shape_of(points: Sequence[Point]) -> Workload:
     return workload
 
 
-def _samples(runner: Here, kernels: Sequence[tuple[Any, list[Any]]], rounds: int) -> list[list[float]]:
-    """Seconds of one call of each kernel in each of ``rounds``, the input in the cache and the weights not."""
+def _samples(runner: Here, kernels: Sequence[tuple[Any, list[Any]]], rounds: int, again: bool) -> list[list[float]]:
+    """Seconds of one call of each kernel in each of ``rounds``, the input in the cache and the weights not; ``again``: what
+    the last call used is there."""
     evict = np.ones(EVICTED // 4, np.float32)
     samples: list[list[float]] = [[] for _ in kernels]
     with runner.alone():
@@ -226,8 +250,11 @@ def _samples(runner: Here, kernels: Sequence[tuple[Any, list[Any]]], rounds: int
             runner.sample(*kernel, 1)
         for _ in range(rounds):
             for mine, (function, args) in zip(samples, kernels, strict=True):
-                evict.sum()
-                args[0].numpy()
+                if again:
+                    runner.sample(function, args, 1)
+                else:
+                    evict.sum()
+                    args[0].numpy()
                 mine.append(runner.sample(function, args, 1))
     return samples
 
@@ -236,23 +263,26 @@ def _at(report: Callable[[str, float], None], done: float, phase: str) -> None:
     report(phase, done)
 
 
-def _shape(workload: Workload, grid: Grid, target: CpuTarget, runner: Here, step: Callable[[str], None]) -> list[Point]:
+def _shape(
+    all_cases: Sequence[Case], rounds: int, target: CpuTarget, runner: Here, step: Callable[[str], None]
+) -> list[Point]:
     """All kernels on one shape: built first, then timed in the same rounds."""
     compiled: dict[Any, Any] = {}
     found: list[tuple[Case, float, str, Bench]] = []
-    for case in cases(workload, grid.densities):
+    workload = all_cases[0].workload
+    for case in all_cases:
         step(f"{workload}: {case.kernel.name} {case.density:g}")
         layer, density = site(case)
         bench = Bench(layer, target, 1, runner.options, compiled)
         bench.build(0, layer.default(target))
         found.append((case, density, bench.names[0], bench))
     step(f"{workload}: measure")
-    samples = _samples(runner, [bench.kernels[0] for *_, bench in found], grid.rounds)
+    samples = _samples(runner, [bench.kernels[0] for *_, bench in found], rounds, all_cases[0].interleave > 1)
     medians = [statistics.median(s) for s in samples]
     points = []
     for i, (case, density, name, _) in enumerate(found):
         low, high = (float(p) for p in np.percentile(samples[i], (10, 90)))
         point = Point(case.kernel.name, case.kernel.op, case.workload, density, density if case.kernel.rows else 1.0,
-                      medians[i], (low, high), len(samples[i]), code=name)  # fmt: skip
+                      medians[i], (low, high), len(samples[i]), code=name, interleave=case.interleave)  # fmt: skip
         points.append(replace(point, alpha=medians[i] / density / medians[0]) if case.kernel.rows else point)
     return points

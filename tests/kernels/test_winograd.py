@@ -112,6 +112,7 @@ VARIANTS = {
     "groups": W(1, 12, 13, 20, g=2),
     "asymmetric": W(2, 4, 10, 6, p=(0, 1, 2, 0), w=11),
     "no-padding": W(2, 4, 10, 6, p=0),
+    "no-padding-below": W(2, 4, 10, 6, p=(1, 1, 0, 0)),
     "full-padding": W(1, 4, 6, 6, p=2),
     "wide": W(1, 3, 3, 9, w=70),
     "tall": W(1, 3, 70, 9, w=3),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ import onnx
 import pytest
 from onnx import helper
 
-from skimtvm import winograd
+from skimtvm import pipeline, winograd
 from skimtvm.compiler import CompileOptions
 from skimtvm.importer import prepare_onnx
+from skimtvm.relay_passes import bands
+from skimtvm.relay_passes.split_batch import Cut
+from skimtvm.target import resolve
 
 from .graphs import Net, check
 
@@ -138,6 +142,27 @@ def test_a_dense_first_layer_takes_winograd_by_itself() -> None:
     small = Net(1, 16, 28, 28)  # a 3x3 of stride 2 has phases of 2x2: nothing to gain
     compiled = check(small.model(small.op("Relu", small.conv("x", 16, 32, 3, strides=[2, 2]))))
     assert "winograd" not in kernels(compiled)["Conv_0"]
+
+
+def test_interleaved_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Native and spatial weights, a strided layer in phases, a residual, a layer without padding below, planes of 13x13 and
+    7x7, band by band in windows."""
+    images = resolve("auto").lanes
+    monkeypatch.setattr(pipeline, "find_cut", lambda *a: Cut(0, images, "test"))
+    monkeypatch.setattr(bands, "BAND", 1 / 256)
+    net = WinogradNet(images, 3, 26, 26)
+    x = net.op("Relu", net.conv("x", 3, 8, 7, strides=[2, 2], pads=[3] * 4))
+    y = net.op("Relu", net.native(x, 8, 8))
+    y = net.op("Relu", net.op("Add", net.native(y, 8, 8, m=2), x))
+    y = net.op("MaxPool", y, kernel_shape=[3, 3], strides=[2, 2], pads=[1] * 4)
+    y = net.native(net.conv(y, 8, 12, 1, pads=[0] * 4, density=0.3), 12, 4, pads=[1, 1, 0, 0])
+    stem = net.nodes[0].name
+    compiled = check(net.model(y), CompileOptions(force=((stem, "winograd4"),)), tolerance=LOOSE)
+    layers = {i: layer for i, layer in enumerate(compiled.manifest.layers) if layer.macs}
+    calls = Counter(compiled.manifest.calls)
+    bands_of = [calls[i] for i, layer in layers.items() if "winograd" in layer.kernel]
+    assert len(bands_of) == 4 and min(bands_of) > 1
+    assert all(layer.workload.startswith(f"{images}x") for layer in layers.values())
 
 
 def test_compile_explains_the_choice(tmp_path: Path) -> None:
