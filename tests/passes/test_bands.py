@@ -53,9 +53,12 @@ CASES = [(1, 33, 7, 2048), (1, 32, 9, 8192), (2, 29, 5, 1024), (2, 40, 6, 4096),
 def test_rows_are_computed_once_and_read_while_they_are_there(
     vectors: int, height: int, width: int, cache: int
 ) -> None:
-    """Plays the steps on buffers that hold row numbers."""
     net, y = bottlenecks(vectors * IMAGES, height, width)
-    _, order = order_of(net, y, cache)
+    check_plays(order_of(net, y, cache)[1])
+
+
+def check_plays(order: BandOrder) -> None:
+    """Plays the steps on buffers that hold row numbers."""
     assert order.windows, "nothing to see"
     held: dict[Any, dict[int, int]] = {v: {} for v in order.nodes}  # row of the buffer -> row of the tensor
     for step in order.order:
@@ -88,7 +91,22 @@ def test_rows_are_computed_once_and_read_while_they_are_there(
             held[node.var][at + i] = step.first + i
     written = Counter((s.node.var, r) for s in order.order for r in range(s.first, s.first + s.rows))
     assert set(written.values()) == {1}, "a row is computed twice"
-    assert written.keys() == {(v, r) for v in order.nodes for r in range(nchw(v)[2] * vectors)}
+    assert written.keys() == {(v, r) for v in order.nodes for r in range(nchw(v)[2] * nchw(v)[0] // IMAGES)}
+
+
+def test_kernels_of_several_rows_get_them_from_the_first_of_an_image_on() -> None:
+    net, y = bottlenecks(2 * IMAGES, 90, 5)
+    graph, order = order_of(net, y, 8192)
+    tiled = {v: 4 for v, n in order.nodes.items() if n.kind == "conv2d"}
+    nodes = classify(graph, 8)
+    reads = lambda n: [*n.inputs, *n.args]
+    order = BandOrder(nodes, IMAGES, 8192, reads, tensor_leaves(graph.result), tiled)
+    steps = [s for s in order.order if isinstance(s, Step) and s.node.var in tiled]
+    assert len(steps) > len(tiled)
+    for s in steps:
+        height = nchw(s.node.var)[2]
+        assert s.first % height % 4 == 0 and (s.rows % 4 == 0 or (s.first + s.rows) % height == 0)
+    check_plays(order)
 
 
 def test_bands_take_turns_depth_first_and_groups_end() -> None:

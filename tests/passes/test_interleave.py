@@ -20,7 +20,7 @@ from skimtvm.target import resolve
 from ..networks.graphs import Net, check
 
 IMAGES = resolve("auto").lanes
-DIRECT = CompileOptions(tolerance=1e-12)  # Winograd kernels have tiles in their lanes, not images
+DIRECT = CompileOptions(tolerance=1e-12)  # no Winograd kernels: the direct ones are looked at here
 
 
 def residual_net(batch: int) -> tuple[Net, str]:

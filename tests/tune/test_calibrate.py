@@ -79,6 +79,30 @@ def test_kernels_are_kept_apart_and_winograd_ones_joined() -> None:
     assert fewer.factor(kernel("bsr4"), 0.1, BETWEEN) == 1 and not fewer.knows(kernel("bsr4"), BETWEEN)
 
 
+def test_interleaved_kernels_have_points_of_their_own() -> None:
+    t = table(lambda k, w, x: 1.0)
+    batch = dataclasses.replace(BETWEEN, n=16)
+    winograd4, dense = kernel("winograd4"), kernel("dense")
+    assert t.factor(winograd4, 1.0, batch, 16) == pytest.approx(t.factor(winograd4, 1.0, batch)), "the nearest there is"
+    assert not t.knows(winograd4, batch, 16)
+    more = []
+    for case in cases(batch, (0.1, 0.5), 16):
+        k, w, x = case.kernel, case.workload, case.density
+        slow = 9.0 if k.winograd or k.op == "winograd" else 1.0
+        seconds = cost(k, x, w) * t.unit(k, w) * slow
+        more.append(Point(k.name, k.op, w, x, x, seconds, (seconds, seconds), 5, interleave=16))
+    t = dataclasses.replace(t, points=(*t.points, *more))
+    assert t.factor(winograd4, 1.0, batch, 16) == pytest.approx(9) and t.knows(dense, batch, 16)
+    assert t.factor(winograd4, 1.0, batch) == pytest.approx(1)
+    exact = lambda m: 0.0
+    whole = stats(1.0, blocks=1.0)
+    assert choose("a", batch, whole, winograd_error=exact, calibration=t).winograd == 4
+    assert choose("a", batch, whole, winograd_error=exact, calibration=t, interleave=16).winograd == 0
+    assert "measured interleaved" in choose("a", batch, stats(0.1), calibration=t, interleave=16).reason
+    again = [Point.from_json(json.loads(json.dumps(p.to_json()))) for p in t.points]
+    assert [p.interleave for p in again] == [p.interleave for p in t.points]
+
+
 def test_the_choice_follows_the_table() -> None:
     fast_dense = table(lambda k, w, x: 1.0 if k.rows else 0.1)
     slow_dense = table(lambda k, w, x: 1.0 if k.rows else 10.0)
@@ -209,6 +233,7 @@ def test_shipped_tables_load() -> None:
     for path in SHIPPED.glob("*/calibration.json"):
         t = Calibration.load(path)
         assert t.cpu == path.parent.name and t.kernels
+        assert all(t.knows(k, BETWEEN, 16) for k in applicable(BETWEEN)), "of interleaved images, too"
         for shape in (SMALL, BETWEEN, LARGE, FC):
             assert all(t.knows(k, shape) for k in applicable(shape) if k.name != "bsr16" or shape is not FC)
 
