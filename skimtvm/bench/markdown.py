@@ -46,7 +46,7 @@ def page(report: Report) -> str:
     if report.memory:
         parts += ["## Memory\n", memory(report), ""]
     rows: list[Row] = [*report.networks, *report.layers, *report.sweeps, *report.memory]
-    parts += ["## Terms\n", "\n\n".join(terms(t) for t in unique_terms(rows))]
+    parts += ["## Terms\n", terms(rows)]
     return "\n".join(parts) + "\n"
 
 
@@ -60,9 +60,14 @@ def unique_terms(rows: Iterable[Row]) -> list[Terms]:
     return list(result.values())
 
 
-def terms(t: Terms) -> str:
-    packages = ", ".join(f"{name} {version}" for name, version in t.versions.items())
-    return f"{t.date}, {t.cpu}, {t.cpus} CPUs, {t.system}. {packages}.\n\n    {t.command}"
+def terms(rows: Iterable[Row]) -> str:
+    """Machines and versions, each with the commands that ran on it and when."""
+    runs: dict[str, list[Terms]] = {}
+    for t in unique_terms(rows):
+        packages = ", ".join(f"{name} {version}" for name, version in sorted(t.versions.items()))
+        runs.setdefault(f"{t.cpu}, {t.cpus} CPUs, {t.system}. {packages}.", []).append(t)
+    each = (f"{about}\n\n" + "\n".join(f"    {t.command}  # {t.date}" for t in ts) for about, ts in runs.items())
+    return "\n\n".join(each)
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -94,20 +99,19 @@ def _optional(value: float | None, digits: int = 2, unit: str = "") -> str:
 
 def networks(report: Report) -> str:
     """Milliseconds of a run of the whole batch. A cell of an engine that did not run holds the reason."""
-    labels = dict.fromkeys(e.label for row in report.networks for e in row.engines)
-    heads = [head(label) for label in labels]
+    engines = list(dict.fromkeys(e.engine for row in report.networks for e in row.engines))
     columns = (
         "network",
         "sparsity",
         "batch>",
         "threads>",
-        *(f"{h}, ms>" for h in heads),
+        *(f"{_NAMES.get(e, e)}, ms>" for e in engines),
         "against the fastest peer>",
         "GFLOP/s of nonzeros>",
         "dense-equivalent>",
         "largest difference>",
     )
-    return table(columns, (_network(row, list(labels)) for row in report.networks))
+    return table(columns, (_network(row, engines) for row in report.networks))
 
 
 def head(label: str) -> str:
@@ -116,8 +120,12 @@ def head(label: str) -> str:
     return _NAMES.get(engine, engine) + space + model
 
 
-def _network(row: NetworkRow, labels: Sequence[str]) -> list[str]:
-    by_label = {e.label: e for e in row.engines}
+def _network(row: NetworkRow, engines: Sequence[str]) -> list[str]:
+    def cell(engine: str) -> str:
+        """An engine that had other models than ours, such as the dense one, says which."""
+        found = [e for e in row.engines if e.engine == engine]
+        return "; ".join(_entry(e) + (f" ({e.model})" if e.model else "") for e in found)
+
     mine = ours(row)
     factor = speedup(row)
     errors = [e.difference for e in row.engines if e.difference is not None]
@@ -126,7 +134,7 @@ def _network(row: NetworkRow, labels: Sequence[str]) -> list[str]:
         row.sparsity,
         str(row.batch),
         str(row.threads),
-        *(_entry(by_label.get(label)) for label in labels),
+        *map(cell, engines),
         "" if factor is None else f"{factor:.2f}x" if factor >= 1 else f"{factor:.2f}x (slower)",
         _optional(mine.gflops, 1),
         _optional(mine.dense_gflops, 1),
@@ -240,7 +248,7 @@ def update_readme(report: Report, readme: Path) -> None:
     """Replace what is between the markers of ``readme`` by the networks' table and its terms. Raises InvalidOption."""
     if not report.networks:
         raise InvalidOption("the benchmark has no networks; run skimtvm bench with --networks first")
-    block = "\n\n".join([networks(report), *(terms(t) for t in unique_terms(report.networks))])
+    block = f"{networks(report)}\n\n{terms(report.networks)}"
     replace_between(readme, START, END, block)
 
 
