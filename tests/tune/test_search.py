@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 from skimtvm.errors import InvalidOption
@@ -22,7 +27,9 @@ from skimtvm.tune.search import Search
 from skimtvm.tune.session import Session
 from skimtvm.tune.tasks import Task, merge
 
-from .samples import conv_site, fc_site, task
+from .samples import conv_site, fc_site, model, task
+
+COMPARE = Path(__file__).parents[2] / "examples" / "compare_search.py"
 
 WIDE = conv_site(c=64, size=20, k=32, density=0.1)
 
@@ -96,6 +103,23 @@ def test_the_model_finds_more_than_luck() -> None:
     assert sum(guided) > sum(run("random", 24, seed) for seed in range(3))
     assert min(guided) >= 0.95 * run("random", 96)
     assert run("random", 16) == run("random", 16)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not COMPARE.is_file(), reason="installed without the examples")
+def test_the_comparison_of_searches_runs(tmp_path: Path) -> None:
+    """What it measures depends on the machine; that it measures both searches does not."""
+    pytest.importorskip("xgboost")
+    onnx.save(model(), str(tmp_path / "net.onnx"))
+    command = [sys.executable, str(COMPARE), "net.onnx", "--workloads", "1", "--trials", "4", "--seeds", "2"]
+    done = subprocess.run(
+        [*command, "--output", "out.json"], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(COMPARE.parents[1])},
+        capture_output=True, text=True, check=False, timeout=500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert [(f["seed"], f["guided_trials"], f["random_trials"]) for f in found] == [(0, 4, 16), (1, 4, 16)]
+    assert all(f["guided_gain"] >= 1 and f["random_gain"] >= 1 for f in found) and "of 2 reach 95%" in done.stdout
 
 
 def test_winners_of_other_layers_come_first() -> None:
