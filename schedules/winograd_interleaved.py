@@ -3,10 +3,10 @@
 The stages are those of ``winograd.py``. A block is a run of tiles, row after row of tiles of a band; a tile is t x t aligned
 vectors, its outputs are m x m of them. Strided convolutions read the pixels of a phase where they lie.
 
-F(4x4,3x3) on Zen 4, one thread, source and result in cache, against the direct interleaved kernel on as many zeros: at 90%
-zeros 2.1 times as fast for 64x56x56, 1.9 for 128x28x28, 1.6 to 1.8 for 256x14x14, dense 2.9, 3.2 and 2.7 times. A channel of
-a tile takes 185 cycles to transform (150 to 216 by the lines that pass between L1 and L2: 36 each way), the sparse products
-1.5 to 1.8 cycles a multiply-add (1 by loads from L1), the dense ones 1.1 to 1.2.
+F(4x4,3x3) on Zen 4, one thread, source and result in cache, against the direct interleaved kernel with as many zeros: at 90%
+zeros 1.7 times as fast for 64x56x56, 1.8 for 128x28x28 and 256x14x14, 1.6 for 512x7x7; dense 3.3, 3.4, 2.7 and 2.6 times. A
+channel of a tile takes 185 cycles to transform (150 to 216 by the lines that pass between L1 and L2: 36 each way), the
+sparse products 1.5 to 1.8 cycles a multiply-add (1 by loads from L1), the dense ones 1.1 to 1.2.
 """
 
 from __future__ import annotations
