@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,14 @@ class LayerCase:
     skimcaffe: str = ""
     base: str = ""
     sparsity: float | None = None
+
+    @property
+    def direct(self) -> LayerCase:
+        """What engines without Winograd layers run instead: the convolution of the same shape; others are themselves."""
+        if not isinstance(self.workload, WinogradWorkload):
+            return self
+        shape = {f.name: getattr(self.workload, f.name) for f in fields(ConvWorkload)}
+        return replace(self, workload=ConvWorkload(**shape))
 
     def pruned(self, asked: Sparsity) -> Sparsity:
         """How this layer is pruned when ``asked`` is."""

@@ -75,21 +75,23 @@ def measure_layer(
             modules["sparse"] = compile_to(work / "sparse.so", model, SPARSE)
         feeds = feeds_for(module)
         batch = case.workload.m if isinstance(case.workload, DenseWorkload) else case.workload.n
-        info = Case(save_model(model, work, "layer"), feeds, batch, threads)
+        other = "" if case.direct is case else "dense"  # weights of the peers, if not ours
+        theirs = build(case.direct, Sparsity.parse("none")) if other else model
+        info = Case(save_model(theirs, work, "layer"), feeds, batch, threads)
         runners: dict[str, Engine] = {OURS: SkimTVM(module, feeds, threads)}
         absent: dict[str, EngineTime] = {}
         errors: dict[str, float | None] = {}
         try:
             mine = runners[OURS].outputs()
             for name in peers.names:
-                opened = open_checked(name, "", info, peers, mine)
+                opened = open_checked(name, other, info, peers, mine)
                 if isinstance(opened, EngineTime):
                     absent[name] = opened
                 else:
                     runners[name], errors[name] = opened
             say("measure")
             whole = interleave(runners, rounds, threads=threads)
-            kernels, theirs = _kernels(modules, feeds, runners, rounds, threads)
+            kernels, alone = _kernels(modules, feeds, runners, rounds, threads)
             versions = {name: runner.version for name, runner in runners.items()}
         finally:
             for runner in runners.values():
@@ -100,8 +102,9 @@ def measure_layer(
         if name in absent:
             engines.append(absent[name])
             continue
-        alone = kernels["auto"].kernel if name == OURS else theirs.get(name)
-        engines.append(total.time(name, versions[name], whole[name], error=errors.get(name), kernel=alone))
+        kernel, weights = (kernels["auto"].kernel, "") if name == OURS else (alone.get(name), other)
+        error = errors.get(name)
+        engines.append(total.time(name, versions[name], whole[name], model=weights, error=error, kernel=kernel))
     return _row(case, sparsity, batch, threads, rates, terms, kernels, tuple(engines))
 
 

@@ -92,12 +92,14 @@ def test_plots_without_matplotlib(skim, bench, tmp_path):
 @pytest.mark.bench
 def test_layers_and_sweeps(skim, tmp_path):
     common = ("--repeat", 1, "--warmup", 0, "--output", tmp_path, "--append", "--no-plots")
-    skim("bench", "--layers", "--only", "3x3_512_512_7,fc7_b1", *common).succeeded()
+    skim("bench", "--layers", "--only", "3x3_512_512_7,winograd4_256_256_14,fc7_b1", *common).succeeded()
     skim("bench", "--networks", "squeezenet", "--sweep", "sparsity", "--values", "0.5", *common).succeeded()
     skim("bench", "--networks", "squeezenet", "--sweep", "size", "--values", "112,160", *common).succeeded()
     skim("bench", "--networks", "squeezenet", "--memory", *common).succeeded()
     report = records.read(tmp_path / "bench.json")
-    assert {r.layer for r in report.layers} == {"3x3_512_512_7", "fc7_b1"}
+    assert {r.layer for r in report.layers} == {"3x3_512_512_7", "winograd4_256_256_14", "fc7_b1"}
+    native = next(r for r in report.layers if r.layer.startswith("winograd"))
+    assert {e.model for e in native.engines if e.status == records.OK} == {"", "dense"}
     assert all(r.peak_gflops > 0 and r.alpha for r in report.layers)
     assert [r.size for r in report.sweeps if r.sweep == "size"] == [112, 160]
     assert {r.engine for r in report.memory} == {"skimtvm", "onnxruntime"}
