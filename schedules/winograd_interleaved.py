@@ -11,11 +11,12 @@ sparse products 1.5 to 1.8 cycles a multiply-add (1 by loads from L1), the dense
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from tvm.script.ir_builder import tirx as B
 
-from .emit import broadcast, loop, store, vector
+from .emit import broadcast, fetch, loop, store, vector
 from .interleaved import Band
 from .pointwise import Slot
 from .winograd import Body
@@ -136,6 +137,9 @@ class InterleavedBody(Body):
         with B.serial(0, count) as i:
             c = B.bind(low + i)
             lines = []
+            ahead = gemm.m * sx * gemm.src.layout.x_pitch + c * gemm.src.layout.c_pitch
+            for (row, _), (column, _) in itertools.product(rows, columns[t - gemm.m :]):
+                fetch(self.src, row + column + ahead, l1=False)  # what the next tile is the first to read
             for row in rows:
                 pixels = [self._pixel(row, column, c * gemm.src.layout.c_pitch) for column in columns]
                 lines.append(transform(self.f.bt, pixels, lanes))

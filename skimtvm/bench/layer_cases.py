@@ -38,6 +38,12 @@ class LayerCase:
         shape = {f.name: getattr(self.workload, f.name) for f in fields(ConvWorkload)}
         return replace(self, workload=ConvWorkload(**shape))
 
+    def at(self, batch: int) -> LayerCase:
+        """The same layer for ``batch`` images; fully connected ones have rows of their own."""
+        if not isinstance(self.workload, ConvWorkload):
+            return self
+        return replace(self, workload=replace(self.workload, n=batch))
+
     def pruned(self, asked: Sparsity) -> Sparsity:
         """How this layer is pruned when ``asked`` is."""
         if self.sparsity is None or asked.kind != "uniform":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,7 +39,9 @@ class List(click.ParamType):
 @click.option(
     "--networks", type=List(click.STRING, "A,B"), help=f"Networks of the zoo.  [default: {','.join(NETWORKS)}]"
 )
-@click.option("--layers", is_flag=True, help="Measure single layers instead of networks.")
+@click.option(
+    "--layers", is_flag=True, help="Measure single layers instead of networks; --batch holds for convolutions."
+)
 @click.option("--only", type=List(click.STRING, "LAYER,..."), help="With --layers: these of the table.")
 @click.option(
     "--sweep",
@@ -173,7 +176,8 @@ def _rows(
         if whole:
             yield from _network_rows(names, kinds, count, who, common, **more)
         if layers:
-            yield from _layer_rows(kinds, count, who, Rounds(repeat, warmup, min_time=0.02), terms, more["only"])
+            rounds = Rounds(repeat, warmup, min_time=0.02)
+            yield from _layer_rows(kinds, count, who, rounds, terms, more["only"], more["batch"])
         for sweep in sweeps or ():
             yield from _sweep_rows(sweep, names, kinds, count, common, **more)
         if memory:
@@ -210,7 +214,13 @@ def _check_layers(only: tuple[str, ...] | None) -> None:
 
 
 def _layer_rows(
-    kinds: Any, threads: int, peers: Peers, rounds: Rounds, terms: Any, only: tuple[str, ...] | None
+    kinds: Any,
+    threads: int,
+    peers: Peers,
+    rounds: Rounds,
+    terms: Any,
+    only: tuple[str, ...] | None,
+    batch: tuple[int, ...],
 ) -> Iterator[Row]:
     from ..bench.engines import Peers
     from ..bench.layer_cases import CASES
@@ -221,13 +231,12 @@ def _layer_rows(
     rates = Rates.measure(threads)
     click.echo(f"practical peak {rates.peak_gflops:.1f} GFLOP/s, reading memory {rates.bandwidth_gbs:.1f} GB/s")
     done = set()
-    for kind in kinds:
-        for case in CASES:
-            key = case.name, case.pruned(kind)
-            if (only and case.name not in only) or key in done:
-                continue
+    for kind, n, plain in itertools.product(kinds, batch, CASES):
+        case = plain.at(n)
+        key = case, case.pruned(kind)
+        if (not only or case.name in only) and key not in done:
             done.add(key)
-            say = _progress(f"{case.name} {kind}")
+            say = _progress(f"{case.name} {kind} batch {n}")
             yield measure_layer(case, kind, threads, peers=dense, rounds=rounds, rates=rates, terms=terms, say=say)
 
 
@@ -280,7 +289,8 @@ def _line(row: Row) -> str:
         return f"{row.network} {row.sparsity} batch {row.batch}: {row.engine} {peak}"
     times = ", ".join(f"{e.label} {milliseconds(e.time) if e.status == OK else e.status}" for e in row.engines)
     if isinstance(row, LayerRow):
-        return f"{row.layer} {row.sparsity}: kernel {milliseconds(row.kernel)} ms, {row.share_of_peak:.0%} of peak; {times}"
+        rate = f"kernel {milliseconds(row.kernel)} ms, {row.share_of_peak:.0%} of peak"
+        return f"{row.layer} {row.sparsity} batch {row.batch}: {rate}; {times}"
     where = f" size {row.size}" if isinstance(row, SweepRow) else ""
     return f"{row.network} {row.sparsity} batch {row.batch}{where} threads {row.threads}: {times}"
 
