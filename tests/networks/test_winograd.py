@@ -64,6 +64,25 @@ def test_native_layers_run_sparse(batch: int) -> None:
     assert record.weights == 16 * 16 * 16 and 0.05 < record.density < 0.15 and record.sparse
 
 
+QUICK = {(27, 16), (7, 3), (1, 1)}
+SHAPES = [
+    pytest.param(size, batch, marks=() if (size, batch) in QUICK else pytest.mark.slow)
+    for size in (56, 28, 27, 14, 13, 7, 5, 1)
+    for batch in (1, 3, 16)
+]
+
+
+@pytest.mark.parametrize(("size", "batch"), SHAPES)
+def test_shapes_batches_and_densities(size: int, batch: int) -> None:
+    """Each output is one native layer, from no weights at all to all of them."""
+    net = WinogradNet(batch, 8, size, size)
+    densities = (1e-9, 0.02, 0.1, 0.5, 1.0)
+    compiled = check(net.model(*(net.native("x", 8, 12, density=d) for d in densities)), tolerance=LOOSE)
+    records = [r for r in compiled.manifest.layers if r.macs]
+    assert [r.nnz for r in records] == sorted(r.nnz for r in records) and records[0].nnz == 0
+    assert all("winograd4" in r.kernel for r in records)
+
+
 def test_scales_fold_into_native_weights() -> None:
     net = WinogradNet(1, 8, 13, 13)
     stats = [net.const(net.rng.uniform(0.5, 2, 16).astype(np.float32)) for _ in range(4)]
