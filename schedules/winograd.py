@@ -147,6 +147,15 @@ class WinogradGemm:
         return self.positions * self.position_pitch + self.groups * self.channel_blocks * self.product_size
 
 
+@dataclass(frozen=True)
+class Ahead:
+    """Lines of ``buffer`` that the row groups of a position fetch into L2, ``lines`` each, the first group from ``at``."""
+
+    buffer: Any
+    at: Any
+    lines: int
+
+
 class Body:
     """Emits the loops of one kernel; holds the buffers."""
 
@@ -257,6 +266,7 @@ class Body:
         position = B.bind(p * gemm.position_pitch + B.floordiv(b, gemm.channel_blocks) * gemm.c * gemm.width)
         groups = knobs.channel_block // knobs.rows
         first = B.bind((b * gemm.positions + p) * groups)
+        ahead = self._ahead(b, p, groups)
         with loop(steps) as step, loop(groups) as g:
             own = B.bind(position + step * (gemm.groups * gemm.c * gemm.width))
             count = knobs.together * knobs.unroll
@@ -279,10 +289,16 @@ class Body:
                 start = B.bind((first + g) * (gemm.c * knobs.rows))
                 with loop(gemm.c) as c:
                     fetch(self.data, start + c * knobs.rows + DENSE_AHEAD)
+                    for a in ahead:
+                        line = g * a.lines + B.floordiv(c * a.lines, gemm.c)
+                        fetch(a.buffer, a.at + line * LINE, l1=False)
                     step_entry(0, start + c * knobs.rows, own + c * gemm.width)
             else:
                 low = B.bind(self.ip[first + g])
                 turns = B.bind(B.floordiv(self.ip[first + g + 1] - low, knobs.unroll))
+                for a in ahead:
+                    for i in range(a.lines):
+                        fetch(a.buffer, a.at + (g * a.lines + i) * LINE, l1=False)
                 fetch(self.off, low + CSR_AHEAD)
                 fetch(self.data, (low + CSR_AHEAD) * knobs.rows)
                 with B.serial(0, turns) as s:
@@ -296,6 +312,10 @@ class Body:
                     while len(sums) > 1:  # unroll is a power of two
                         sums = [a + b for a, b in zip(sums[::2], sums[1::2], strict=True)]
                     store(self.work, sums[0], to + v * lanes, lanes)
+
+    def _ahead(self, b: Any, p: Any, groups: int) -> list[Ahead]:
+        """What the products of block ``b`` of output channels at position ``p``, of ``groups`` row groups, fetch."""
+        return []
 
     # -- output ----------------------------------------------------------------------------------------------------
     def _output(self, block: Any, k: Any, v: Any, at: Any) -> None:

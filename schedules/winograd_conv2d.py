@@ -19,8 +19,7 @@ from .winograd import InterleavedTaps, WinogradGemm, WinogradKnobs
 I32 = npt.NDArray[np.int32]
 F32 = npt.NDArray[np.float32]
 
-# Of interleaved images: V of a block of tiles, in sizes of the second-level cache; tiles of a sparse row; output channels.
-INTERLEAVED_BLOCK, INTERLEAVED_TILES, INTERLEAVED_CHANNELS = 2.5, 7, 64
+INTERLEAVED_TILES, INTERLEAVED_CHANNELS = 2, 64  # of interleaved images: tiles and output channels of a block
 
 
 def tile_count(wl: ConvWorkload, m: int, segment: int) -> int:
@@ -60,19 +59,12 @@ def default_knobs(
 
 
 def _interleaved_knobs(wl: ConvWorkload, m: int, dense: bool, target: CpuTarget, images: int) -> WinogradKnobs:
-    """``wl``: of stride 1. Sparse rows work on the fewest tiles at once, from two on, that evenly divide a row of tiles: 7
-    are as fast in cache, and up to 15% slower from memory. At least two blocks of output channels, for two threads."""
-    t, per_group = m + wl.kh - 1, wl.k // wl.groups
-    across = -(-wl.out_w // m)
-    if dense:
-        rows, together = min(8 if target.registers > 16 else 6, per_group), 1
-        vectors = min(2, across)
-    else:
-        most = int(INTERLEAVED_BLOCK * target.l2_bytes) // (4 * t * t * wl.c * images)
-        least = min(2, across, max(1, most))
-        sizes = range(least, max(least, min(most, INTERLEAVED_TILES, across)) + 1)
-        rows, together = 1, min(sizes, key=lambda n: (-(-across // n) * n, n))
-        vectors = together
+    """``wl``: of stride 1. Two tiles hide the latency of a multiply-add and leave L2 room for what is fetched ahead: sparse
+    rows of 1, 3, 4 or 7 tiles at once are up to 15% slower. At least two blocks of output channels, for two threads."""
+    per_group = wl.k // wl.groups
+    vectors = min(INTERLEAVED_TILES, -(-wl.out_w // m))
+    rows = min(8 if target.registers > 16 else 6, per_group) if dense else 1
+    together = 1 if dense else vectors
     blocks = max(2, -(-per_group // INTERLEAVED_CHANNELS)) if per_group > 1 else 1
     channel_block = round_up(-(-per_group // blocks), rows)
     return WinogradKnobs(rows, dense, vectors, together, 1, channel_block, images, 1)

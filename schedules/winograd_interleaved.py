@@ -3,23 +3,28 @@
 The stages are those of ``winograd.py``. A block is a run of tiles, row after row of tiles of a band; a tile is t x t aligned
 vectors, its outputs are m x m of them. Strided convolutions read the pixels of a phase where they lie.
 
+The products leave memory idle while the transforms would wait for it, so that they fetch what the next block reads and
+what this one writes (one line a row group; bursts of prefetches are dropped).
+
 F(4x4,3x3) on Zen 4, one thread, source and result in cache, against the direct interleaved kernel with as many zeros: at 90%
-zeros 1.7 times as fast for 64x56x56, 1.8 for 128x28x28 and 256x14x14, 1.6 for 512x7x7; dense 3.3, 3.4, 2.7 and 2.6 times. A
-channel of a tile takes 185 cycles to transform (150 to 216 by the lines that pass between L1 and L2: 36 each way), the
-sparse products 1.5 to 1.8 cycles a multiply-add (1 by loads from L1), the dense ones 1.1 to 1.2.
+zeros 1.7 times as fast for 64x56x56, 1.8 for 128x28x28 and 256x14x14, 1.6 for 512x7x7; dense 3.3, 3.4, 2.7 and 2.6 times.
+From memory at 90% zeros 1.6, 1.8, 1.7 and 1.5 times. A channel of a tile takes 185 cycles to transform (150 to 216 by the
+lines that pass between L1 and L2: 36 each way), the sparse products 1.5 to 1.8 cycles a multiply-add (1 by loads from L1),
+the dense ones 1.1 to 1.2.
 """
 
 from __future__ import annotations
 
-import itertools
+import math
 from typing import Any
 
 from tvm.script.ir_builder import tirx as B
 
-from .emit import broadcast, fetch, loop, store, vector
+from ..layout import LINE, Layout
+from .emit import broadcast, loop, store, vector
 from .interleaved import Band
 from .pointwise import Slot
-from .winograd import Body
+from .winograd import Ahead, Body
 from .winograd_math import transform
 
 PIECES = 4  # of the channels of a tile, whose transforms may run in parallel
@@ -57,16 +62,57 @@ class InterleavedBody(Body):
                 # Surplus vectors repeat the last tile.
                 tile = B.bind(start + B.min(v, count - 1))
                 self._tile_input(tile, v, phase, low, B.bind(B.min(channels - low, piece)))
+            self.start, self.following = start, B.bind(B.min(start + knobs.vectors, first + total - 1))
             with B.parallel(0, gemm.groups * gemm.channel_blocks) as b:
                 part = B.bind(gemm.positions * gemm.position_pitch + b * gemm.product_size)
                 with loop(gemm.positions) as p:
                     self._product(b, p, part, steps)
                 low = B.bind(B.floormod(b, gemm.channel_blocks) * knobs.channel_block)
-                k = B.bind(B.floordiv(b, gemm.channel_blocks) * gemm.k + low)
+                k = B.bind(self._first(b))
                 with B.serial(0, count) as v:
                     self._tile_output(
                         start + v, k, B.bind(B.min(gemm.k - low, knobs.channel_block)), part + v * self.lanes
                     )
+
+    def _ahead(self, b: Any, p: Any, groups: int) -> list[Ahead]:
+        """The pixels that the next block is the first to read, spread over all products of this one, and those that this
+        block of output channels is about to write: the products leave memory idle, the transforms would wait for it."""
+        gemm, knobs, taps = self.gemm, self.knobs, self.gemm.taps
+        assert taps is not None
+        src, dst, (sy, sx) = gemm.src.layout, gemm.dst.layout, taps.strides
+        n, y, x = self._at(self.following)
+        row, column = (y - taps.above[0]) * sy, (x - taps.above[1] + gemm.r - 1) * sx
+        new = B.bind(gemm.src.base + self.band.shift(0) + n * src.n_pitch + row * src.row_pitch + column * src.x_pitch)
+        turns = gemm.positions * gemm.groups * gemm.channel_blocks
+        channels = gemm.groups * gemm.c // (sy * sx)
+        shape = gemm.tile * sy, gemm.m * knobs.vectors * sx
+        found = self._share(self.src, new, gemm.src.layout, shape, channels, b * gemm.positions + p, turns, groups)
+        n, y, x = self._at(self.start)
+        own = B.bind(gemm.dst.base + self.band.shift(-1) + n * dst.n_pitch + y * dst.row_pitch + x * dst.x_pitch)
+        shape = gemm.m, gemm.m * knobs.vectors
+        k = self._first(b) * self.lanes
+        return found + self._share(self.out, own + k, dst, shape, knobs.channel_block, p, gemm.positions, groups)
+
+    def _share(
+        self, buffer: Any, at: Any, lay: Layout, shape: tuple[int, int], channels: int, turn: Any, turns: int, groups: int
+    ) -> list[Ahead]:
+        """What turn ``turn`` of ``turns`` fetches of ``channels`` of the rows x columns pixels from ``at``: some pixels, or a
+        part of one."""
+        pixels, found = math.prod(shape), []
+        each, parts = -(-pixels // turns), max(1, turns // pixels)
+        piece = -(-channels // parts)
+        for i in range(each):
+            pixel = B.bind(B.min(B.floordiv(turn, parts) * each + i, pixels - 1))
+            place = B.floordiv(pixel, shape[1]) * lay.row_pitch + B.floormod(pixel, shape[1]) * lay.x_pitch
+            lines = -(-piece * self.lanes // (LINE * groups))
+            found.append(Ahead(buffer, B.bind(at + place + B.floormod(turn, parts) * (piece * self.lanes)), lines))
+        return found
+
+    def _first(self, b: Any) -> Any:
+        """First output channel of block ``b``, counted over all groups."""
+        gemm = self.gemm
+        low = B.floormod(b, gemm.channel_blocks) * self.knobs.channel_block
+        return B.floordiv(b, gemm.channel_blocks) * gemm.k + low
 
     def _tile_row(self, row: Any) -> Any:
         """Row of tiles, counted over all vectors of images, that ``row`` lies in."""
@@ -137,9 +183,6 @@ class InterleavedBody(Body):
         with B.serial(0, count) as i:
             c = B.bind(low + i)
             lines = []
-            ahead = gemm.m * sx * gemm.src.layout.x_pitch + c * gemm.src.layout.c_pitch
-            for (row, _), (column, _) in itertools.product(rows, columns[t - gemm.m :]):
-                fetch(self.src, row + column + ahead, l1=False)  # what the next tile is the first to read
             for row in rows:
                 pixels = [self._pixel(row, column, c * gemm.src.layout.c_pitch) for column in columns]
                 lines.append(transform(self.f.bt, pixels, lanes))
