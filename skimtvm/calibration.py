@@ -64,10 +64,10 @@ class Point:
         return family(self.row, self.workload, self.interleave)
 
     def to_json(self) -> dict[str, Any]:
-        raw = dataclasses.asdict(self)
         kind = next(name for name, cls in _TYPES.items() if type(self.workload) is cls)
         plain = {f.name: f.default for f in dataclasses.fields(self.workload)}
-        shape = {name: value for name, value in raw["workload"].items() if value != plain[name]}
+        shape = {name: value for name in plain if (value := getattr(self.workload, name)) != plain[name]}
+        raw = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         kept = {name: v for name, v in raw.items() if v is not None and (name, v) != ("interleave", 1)}
         return kept | {"workload": {"type": kind, **shape}}
 

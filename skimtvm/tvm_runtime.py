@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from . import _torch
 from .errors import EnvironmentProblem, InvalidOption
 
 MAX_THREADS = 1024
@@ -66,7 +67,8 @@ def _import() -> Any:
         ffi = metadata.version("apache-tvm-ffi")
         if not ffi.startswith("0.1.14."):
             raise EnvironmentProblem(f"apache-tvm-ffi {ffi} is binary-incompatible with TVM 0.27; {remedy}")
-        import tvm
+        with _torch.as_needed():
+            import tvm
     except (ImportError, OSError, RuntimeError) as e:
         raise EnvironmentProblem(f"cannot import TVM ({str(e).splitlines()[0]}); {remedy}") from None
     return tvm

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import click
 
-from .. import __version__
+from .. import __version__, _torch
 from ..errors import SkimError
 from .bench import bench_command
 from .calibrate import calibrate_command
@@ -43,6 +43,7 @@ class _Main(click.Group):
         arguments = list(sys.argv[1:] if args is None else args)
         debug = bool(os.environ.get("SKIMTVM_DEBUG")) or "--debug" in arguments[:1]
         extra["standalone_mode"] = False
+        _torch.own_process()
         interrupted = False
 
         def interrupt(number: int, frame: Any) -> None:

@@ -19,6 +19,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from .. import _torch
 from ..errors import InternalError, SkimError
 from .engines import Engine, describe, open_engine
 from .signature import Signature, Slot, slot_bytes
@@ -77,6 +78,7 @@ def read_hello(message: bytes) -> Hello:
 def main(connection: socket.socket) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):  # meant for the front, which drains first and then lets go
         signal.signal(number, signal.SIG_IGN)
+    _torch.own_process()
     config = Config.from_json(connection.recv(MAX_MESSAGE))
     os.sched_setaffinity(0, config.cpus)
     try:

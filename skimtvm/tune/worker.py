@@ -223,8 +223,10 @@ def serve(connection: Connection) -> None:
 
 def main() -> None:
     connection = Connection(int(sys.argv[1]))
+    from .. import _torch
     from ..tvm_runtime import import_compiler, with_threads
 
+    _torch.own_process()
     threads = int(sys.argv[2])
     import_compiler()
     with contextlib.suppress(KeyboardInterrupt, BrokenPipeError):

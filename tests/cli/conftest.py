@@ -1,5 +1,7 @@
 """Fixtures: the command as users start it, and a compiled sample to give it."""
 
+import contextlib
+import io
 import os
 import signal
 import subprocess
@@ -37,7 +39,7 @@ def environment(**more):
     return {**os.environ, "PYTHONPATH": str(PACKAGE), **more}
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def interruptible():
     """Start a command that Ctrl-C can end. Where the tests run in the background of a shell SIGINT is ignored, and children
     inherit that."""
@@ -60,6 +62,32 @@ def skim():
             args, capture_output=True, text=True, timeout=timeout, check=False, cwd=cwd, env=environment(**env)
         )
         return Result(done.returncode, done.stdout, done.stderr)
+
+    return run
+
+
+@pytest.fixture
+def skim_here(monkeypatch):
+    """As ``skim``, but in this process: for further cases of commands that other tests start as users do. An import of TVM
+    takes longer than most errors."""
+
+    def run(*arguments, cwd=None):
+        from skimtvm.cli import main
+        from skimtvm.tvm_runtime import import_compiler
+
+        import_compiler()  # some commands would load TVM without it, for all tests that follow
+        monkeypatch.setattr("skimtvm._torch.own_process", lambda: None)
+        out, err = io.StringIO(), io.StringIO()
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            with contextlib.chdir(cwd or "."), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                main([str(a) for a in arguments])
+        except SystemExit as end:
+            return Result(end.code, out.getvalue(), err.getvalue())
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        raise AssertionError("the command did not exit")
 
     return run
 
@@ -102,6 +130,15 @@ def onnx_file(tmp_path_factory):
     )
     path = tmp_path_factory.mktemp("onnx") / "tiny.onnx"
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def several(skim, onnx_file, tmp_path_factory):
+    """``onnx_file`` for 1 and 4 images."""
+    path = tmp_path_factory.mktemp("several") / "several.so"
+    out = skim("compile", onnx_file, "-o", path, "--batch", "4,1").succeeded()
+    assert "batches 1, 4, target" in out
     return path
 
 

@@ -6,14 +6,6 @@ import numpy as np
 import pytest
 
 
-@pytest.fixture(scope="module")
-def several(skim, onnx_file, tmp_path_factory):
-    path = tmp_path_factory.mktemp("several") / "m.so"
-    out = skim("compile", onnx_file, "-o", path, "--batch", "4,1").succeeded()
-    assert "batches 1, 4, target" in out
-    return path
-
-
 def test_run_takes_any_number_of_images(skim, several, tmp_path):
     x = np.random.default_rng(0).standard_normal((5, 3, 16, 16)).astype("f4")
     for n in (1, 5):
@@ -41,5 +33,5 @@ def test_profile_of_one_size(skim, several):
 
 
 @pytest.mark.parametrize("batch", ["0", "1,", "1,x", "-1", "1.5", "1,0"])
-def test_batches_that_are_none(skim, onnx_file, tmp_path, batch):
-    skim("compile", onnx_file, "-o", tmp_path / "m.so", "--batch", batch).failed(2, "--batch")
+def test_batches_that_are_none(skim_here, onnx_file, tmp_path, batch):
+    skim_here("compile", onnx_file, "-o", tmp_path / "m.so", "--batch", batch).failed(2, "--batch")

@@ -77,8 +77,8 @@ def test_existing_results_stay(skim, bench):
     ],
     ids=lambda v: v[-1],
 )
-def test_options_that_make_no_sense(skim, tmp_path, arguments, texts):
-    skim("bench", *arguments, "--output", tmp_path / "out").failed(2, *texts)
+def test_options_that_make_no_sense(skim_here, tmp_path, arguments, texts):
+    skim_here("bench", *arguments, "--output", tmp_path / "out").failed(2, *texts)
 
 
 def test_plots_without_matplotlib(skim, bench, tmp_path):

@@ -12,36 +12,11 @@ from typing import Any
 import pytest
 
 
-def test_calibrate_and_compile(skim: Any, net: Path, tmp_path: Path) -> None:
-    table = tmp_path / "c.json"
-    done = skim("calibrate", "--quick", "-o", table)
-    assert done.code == 0, done.err
-    assert "GFLOP/s" in done.out and "alpha" in done.out and str(table) in done.out
-    raw = json.loads(table.read_text())
-    assert {p["kernel"] for p in raw["points"]} == {"dense", "csr", "bsr4", "bsr8", "bsr16", "winograd2", "winograd4"}
-    assert all(p["seconds"] > 0 and p["code"].startswith("f32_") for p in raw["points"])
-    before = table.read_bytes()
-    assert skim("calibrate", "--quick", "-o", table).code == 5 and table.read_bytes() == before
-    explained = skim("compile", net, "-o", tmp_path / "a.so", "--calibration", table, "--explain")
-    assert explained.code == 0, explained.err
-    assert "kernels chosen by the measured table: " in explained.out
-    assert "measured" in explained.out.split("kernels chosen")[0] and "model" not in explained.out
-    built_in = skim("compile", net, "-o", tmp_path / "b.so", "--calibration", "none", "--explain")
-    assert "chosen by the built-in model" in built_in.out and "model" in built_in.out
-    assert "measured" not in built_in.out
-    # A table that says that dense kernels take no time is obeyed.
-    raw["points"] = [p | {"seconds": p["seconds"] / (1e6 if p["kernel"] == "dense" else 1)} for p in raw["points"]]
-    table.write_text(json.dumps(raw))
-    dense = skim("compile", net, "-o", tmp_path / "c.so", "--calibration", table, "--explain")
-    assert dense.out.count("f32_dense_conv2d") == 2 and "break-even" in dense.out
-    guided = skim("prune", net, "-o", tmp_path / "p.onnx", "--sparsity", 0.9, "--guided", "--alphas", table)
-    assert guided.code == 0 and guided.out.count("leave dense") == 2
-    other = skim("compile", net, "-o", tmp_path / "d.so", "--target", "haswell", "--explain")
-    assert "built-in model: no calibration of haswell" in other.out
-
-
-def test_ctrl_c_keeps_what_was_measured(skim: Any, interruptible: Any, tmp_path: Path) -> None:
-    table, kept = tmp_path / "c.json", tmp_path / "c.json.partial"
+@pytest.fixture(scope="module")
+def table(skim: Any, interruptible: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A calibration that Ctrl-C has interrupted and that was finished then."""
+    table = tmp_path_factory.mktemp("calibrate") / "c.json"
+    kept = table.with_name("c.json.partial")
     process = interruptible([sys.executable, "-m", "skimtvm", "calibrate", "--quick", "-o", str(table)])
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (kept.is_file() and kept.read_text().count("\n") >= 3):
@@ -53,10 +28,42 @@ def test_ctrl_c_keeps_what_was_measured(skim: Any, interruptible: Any, tmp_path:
     first = json.loads(kept.read_text().splitlines()[2])
     with kept.open("a") as file:
         file.write('[{"kernel": "den')  # as a kill while it writes would leave it
-    skim("calibrate", "--quick", "-o", table).succeeded()
+    out = skim("calibrate", "--quick", "-o", table).succeeded()
+    assert "GFLOP/s" in out and "alpha" in out and str(table) in out
     assert not kept.exists()
     points = json.loads(table.read_text())["points"]
     assert [p["seconds"] for p in points[: len(first)]] == pytest.approx([p["seconds"] for p in first], rel=1e-4)
+    return table
+
+
+def test_ctrl_c_keeps_what_was_measured(skim: Any, table: Path) -> None:
+    """See the fixture. What is finished is kept, too."""
+    raw = json.loads(table.read_text())
+    assert {p["kernel"] for p in raw["points"]} == {"dense", "csr", "bsr4", "bsr8", "bsr16", "winograd2", "winograd4"}
+    assert all(p["seconds"] > 0 and p["code"].startswith("f32_") for p in raw["points"])
+    before = table.read_bytes()
+    assert skim("calibrate", "--quick", "-o", table).code == 5 and table.read_bytes() == before
+
+
+def test_compile_and_prune_by_the_table(skim: Any, table: Path, net: Path, tmp_path: Path) -> None:
+    explained = skim("compile", net, "-o", tmp_path / "a.so", "--calibration", table, "--explain")
+    assert explained.code == 0, explained.err
+    assert "kernels chosen by the measured table: " in explained.out
+    assert "measured" in explained.out.split("kernels chosen")[0] and "model" not in explained.out
+    built_in = skim("compile", net, "-o", tmp_path / "b.so", "--calibration", "none", "--explain")
+    assert "chosen by the built-in model" in built_in.out and "model" in built_in.out
+    assert "measured" not in built_in.out
+    # A table that says that dense kernels take no time is obeyed.
+    raw = json.loads(table.read_text())
+    raw["points"] = [p | {"seconds": p["seconds"] / (1e6 if p["kernel"] == "dense" else 1)} for p in raw["points"]]
+    fast = tmp_path / "c.json"
+    fast.write_text(json.dumps(raw))
+    dense = skim("compile", net, "-o", tmp_path / "c.so", "--calibration", fast, "--explain")
+    assert dense.out.count("f32_dense_conv2d") == 2 and "break-even" in dense.out
+    guided = skim("prune", net, "-o", tmp_path / "p.onnx", "--sparsity", 0.9, "--guided", "--alphas", fast)
+    assert guided.code == 0 and guided.out.count("leave dense") == 2
+    other = skim("compile", net, "-o", tmp_path / "d.so", "--target", "haswell", "--explain")
+    assert "built-in model: no calibration of haswell" in other.out
 
 
 @pytest.mark.parametrize(
@@ -70,6 +77,6 @@ def test_ctrl_c_keeps_what_was_measured(skim: Any, interruptible: Any, tmp_path:
     ],
     ids=["cpu", "folder", "missing", "damaged", "alphas"],
 )
-def test_bad_options(skim: Any, net: Path, args: tuple[str, ...], code: int, message: str) -> None:
-    done = skim(*(net if a == "NET" else a for a in args))
+def test_bad_options(skim_here: Any, net: Path, args: tuple[str, ...], code: int, message: str) -> None:
+    done = skim_here(*(net if a == "NET" else a for a in args))
     assert done.code == code and message in done.err and "Traceback" not in done.err

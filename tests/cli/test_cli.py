@@ -90,6 +90,17 @@ def test_closed_pipe_is_silent(module):
     assert done.stderr == ""
 
 
+def test_commands_do_without_pytorch_and_users_processes_do_not(skim, module, data_file, tmp_path):
+    """tvm-ffi imports it where it can, which takes longer than the import of TVM."""
+    (tmp_path / "torch.py").write_text("raise RuntimeError('torch is imported')\n")
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    skim("run", module, "--input", f"data={data_file}", "--output-dir", tmp_path / "out", PYTHONPATH=path).succeeded()
+    text = f"import skimtvm; skimtvm.load({str(module)!r})"
+    env = {**os.environ, "PYTHONPATH": path}
+    mine = subprocess.run([sys.executable, "-c", text], env=env, capture_output=True, text=True, check=False)
+    assert mine.returncode != 0 and "torch is imported" in mine.stderr
+
+
 # ---- run ---------------------------------------------------------------------------------------------------------
 
 
@@ -122,7 +133,7 @@ def test_run(skim, module, data_file, tmp_path):
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )
-def test_run_bad_input(skim, module, data_file, *, inputs, code, text):
+def test_run_bad_input(skim_here, module, data_file, *, inputs, code, text):
     folder = data_file.parent
     (folder / "text.npy").write_text("1 2 3")
     np.save(folder / "pickle.npy", np.array([{}]), allow_pickle=True)
@@ -131,12 +142,12 @@ def test_run_bad_input(skim, module, data_file, *, inputs, code, text):
     np.save(folder / "nhwc.npy", np.ones((1, 8, 8, 3), "float32"))
     np.save(folder / "f64.npy", np.ones((1, 3, 8, 8)))
     flags = [flag for text in inputs for flag in ("--input", text)]
-    skim("run", module, *flags, "--output-dir", "out", cwd=folder).failed(code, text)
+    skim_here("run", module, *flags, "--output-dir", "out", cwd=folder).failed(code, text)
     assert not (folder / "out").exists()
 
 
-def test_run_output_folder_that_is_a_file(skim, module, data_file):
-    skim("run", module, "--input", f"data={data_file}", "--output-dir", data_file).failed(5, "cannot be written")
+def test_run_output_folder_that_is_a_file(skim_here, module, data_file):
+    skim_here("run", module, "--input", f"data={data_file}", "--output-dir", data_file).failed(5, "cannot be written")
 
 
 def test_output_names_become_file_names(tmp_path):
@@ -150,7 +161,7 @@ def test_output_names_become_file_names(tmp_path):
 
 @pytest.mark.parametrize("command", ["run", "inspect", "profile"])
 @pytest.mark.parametrize("kind", ["missing", "cut", "foreign", "flipped"])
-def test_bad_module(skim, module, tmp_path, command, kind):
+def test_bad_module(skim_here, module, tmp_path, command, kind):
     path = tmp_path / "m.so"
     whole = bytearray(module.read_bytes())
     whole[9999] ^= kind == "flipped"
@@ -163,7 +174,7 @@ def test_bad_module(skim, module, tmp_path, command, kind):
         "foreign": "not a SkimTVM module",
         "flipped": "is damaged",
     }
-    skim(command, path, *flags).failed(6, text[kind])
+    skim_here(command, path, *flags).failed(6, text[kind])
 
 
 # ---- inspect -----------------------------------------------------------------------------------------------------
@@ -196,9 +207,9 @@ def test_inspect_onnx(skim, onnx_file):
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", bytes(range(256)) * 10, b"\x08\x07"])
-def test_inspect_bad_onnx(skim, tmp_path, content):
+def test_inspect_bad_onnx(skim_here, tmp_path, content):
     (tmp_path / "m.onnx").write_bytes(content)
-    skim("inspect", tmp_path / "m.onnx").failed(3, "is neither a module nor an ONNX model")
+    skim_here("inspect", tmp_path / "m.onnx").failed(3, "is neither a module nor an ONNX model")
 
 
 def test_inspect_onnx_without_its_weights(skim, onnx_file, tmp_path):
@@ -255,18 +266,18 @@ def test_compile_run_and_compare(skim, onnx_file, tmp_path):
     ],
     ids=str,
 )
-def test_compile_errors(skim, onnx_file, tmp_path, flags, code):
-    skim("compile", onnx_file, "-o", tmp_path / "m.so", *flags).failed(code)
+def test_compile_errors(skim_here, onnx_file, tmp_path, flags, code):
+    skim_here("compile", onnx_file, "-o", tmp_path / "m.so", *flags).failed(code)
     assert os.listdir(tmp_path) == []
 
 
 @needs_compiler
-def test_compile_missing_and_damaged_models(skim, onnx_file, tmp_path):
-    skim("compile", tmp_path / "no.onnx", "-o", tmp_path / "m.so").failed(3, "no.onnx")
+def test_compile_missing_and_damaged_models(skim_here, onnx_file, tmp_path):
+    skim_here("compile", tmp_path / "no.onnx", "-o", tmp_path / "m.so").failed(3, "no.onnx")
     (tmp_path / "cut.onnx").write_bytes(onnx_file.read_bytes()[:500])
-    skim("compile", tmp_path / "cut.onnx", "-o", tmp_path / "m.so").failed(3)
-    skim("compile", onnx_file, "-o", tmp_path / "m.bin").failed(2, "must end in .so")
-    skim("compile", onnx_file, "-o", tmp_path / "no" / "m.so").failed(5, "there is no folder")
+    skim_here("compile", tmp_path / "cut.onnx", "-o", tmp_path / "m.so").failed(3)
+    skim_here("compile", onnx_file, "-o", tmp_path / "m.bin").failed(2, "must end in .so")
+    skim_here("compile", onnx_file, "-o", tmp_path / "no" / "m.so").failed(5, "there is no folder")
 
 
 @needs_compiler

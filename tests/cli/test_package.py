@@ -19,10 +19,10 @@ needs_gxx = pytest.mark.skipif(GXX is None, reason="g++ is not installed")
 
 
 @pytest.fixture(scope="module")
-def compiled(skim, onnx_file, tmp_path_factory):
+def compiled(skim, onnx_file, several, tmp_path_factory):
     folder = tmp_path_factory.mktemp("package")
-    for name, batch in (("one", "2"), ("several", "1,4")):
-        skim("compile", onnx_file, "-o", folder / f"{name}.so", "--batch", batch).succeeded()
+    skim("compile", onnx_file, "-o", folder / "one.so", "--batch", "2").succeeded()
+    shutil.copy(several, folder)
     return folder
 
 

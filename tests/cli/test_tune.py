@@ -81,9 +81,9 @@ def test_ctrl_c_keeps_what_was_measured(net: Path, interruptible: Any, tmp_path:
     ],
     ids=lambda v: " ".join(v) if isinstance(v, tuple) else None,
 )
-def test_bad_options(skim: Any, net: Path, args: tuple[str, ...], code: int, message: str, tmp_path: Path) -> None:
+def test_bad_options(skim_here: Any, net: Path, args: tuple[str, ...], code: int, message: str, tmp_path: Path) -> None:
     log = () if "--log" in args else ("--log", tmp_path)
-    done = skim("tune", net, *log, "--search", "random", *args)
+    done = skim_here("tune", net, *log, "--search", "random", *args)
     assert done.code == code and message in done.err and "Traceback" not in done.err
 
 

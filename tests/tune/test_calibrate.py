@@ -218,7 +218,7 @@ def test_every_kernel_is_in_both_grids() -> None:
         assert found | {native} == {(k.name, k.op) for k in KERNELS}
 
 
-@pytest.mark.parametrize("shape", QUICK.shapes, ids=str)
+@pytest.mark.parametrize("shape", [*QUICK.shapes, ConvWorkload(1, 16, 14, 14, 16, 5, 5, padding=(2,) * 4)], ids=str)
 def test_layers_have_the_density_asked_for(shape: Any) -> None:
     for case in cases(shape, (0.3,)):
         layer, density = site(case)
