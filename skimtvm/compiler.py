@@ -21,7 +21,7 @@ from .relay_passes.join_sizes import join_sizes
 from .relay_passes.lower_layers import KnobSource
 from .report import Manifest, Variant
 from .schedules.sites import version
-from .target import CpuTarget, resolve
+from .target import CpuTarget, lowering, resolve
 from .tune.log import SHIPPED
 from .tune.lookup import Lookup
 
@@ -264,5 +264,5 @@ def build(mod: tvm.IRModule, target: Any) -> Any:
             relax.transform.AttachGlobalSymbol(),
         ]
     )
-    with target:
+    with target, lowering():
         return relax.build(mod, target=target, relax_pipeline=passes)

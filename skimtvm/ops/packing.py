@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..layout import Layout
-from ..target import CpuTarget
+from ..target import CpuTarget, lowering
 
 
 def addresses(layout: Layout, channel: int = 0) -> np.ndarray:
@@ -36,7 +36,8 @@ def compile_kernel(func: Any, target: CpuTarget) -> Any:
     """Executable of a single PrimFunc, which becomes its function ``main``."""
     import tvm
 
-    return tvm.compile(func.with_attr("global_symbol", "main"), target=target.tvm())
+    with lowering():
+        return tvm.compile(func.with_attr("global_symbol", "main"), target=target.tvm())
 
 
 def run_kernel(func: Any, inputs: Sequence[np.ndarray], size: int | tuple[int, ...], target: CpuTarget) -> np.ndarray:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tvm
 
+from skimtvm.ops.packing import compile_kernel
 from skimtvm.schedules import dense
 from skimtvm.schedules.knobs import fc_default
 from skimtvm.schedules.pointwise import Instr, Program
@@ -33,7 +34,7 @@ def test_matches_float64(m: int, k: int, n: int, kernel: str, density: float, cp
     target = TARGETS[cpu]
     knobs = fc_default(DenseWorkload(m, k, n), kernel == "dense", target)
     built = dense.build(DenseWorkload(m, k, n), w, kernel, EPILOGUE, 1, target, knobs)
-    executable = tvm.compile(built.emit().with_attr("global_symbol", "main"), target=target.tvm())
+    executable = compile_kernel(built.emit(), target)
     arrays = [x.reshape(-1), *built.constants, bias, residual.reshape(-1), np.full(m * n, np.nan, np.float32)]
     args = [tvm.runtime.tensor(np.ascontiguousarray(a)) for a in arrays]
     executable["main"](*args)
@@ -47,7 +48,7 @@ def test_dense_streams_vectors_without_spills() -> None:
     target = TARGETS["znver4"]
     wl, weight = DenseWorkload(1, 256, 256), np.ones((256, 256), np.float32)
     built = dense.build(wl, weight, "dense", Program(), 0, target, fc_default(wl, True, target))
-    asm = tvm.compile(built.emit().with_attr("global_symbol", "main"), target=target.tvm()).mod.inspect_source("asm")
+    asm = compile_kernel(built.emit(), target).mod.inspect_source("asm")
     assert "zmm" in asm and len(re.findall(r"vmovups\s+%zmm\d+, -?\d*\(%rsp\)", asm)) == 0
 
 

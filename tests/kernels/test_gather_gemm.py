@@ -13,6 +13,7 @@ import tvm
 from skimtvm.errors import InternalError
 from skimtvm.formats.gather import decode, encode
 from skimtvm.layout import Halo, Layout, Space, plane
+from skimtvm.ops.packing import compile_kernel
 from skimtvm.schedules import conv2d as conv
 from skimtvm.schedules import gather_gemm
 from skimtvm.schedules.pointwise import Instr, Program, Slot
@@ -118,8 +119,7 @@ def make(
         wl, w, s, d, chosen,
         epilogue=BIAS_ADD_RELU if residual else BIAS_RELU, tensors=(d,) if residual else (),
     )  # fmt: skip
-    func = gather_gemm.emit(kernel.gemm).with_attr("global_symbol", "main")
-    executable = tvm.compile(func, target=target.tvm())
+    executable = compile_kernel(gather_gemm.emit(kernel.gemm), target)
     arrays = [pack(src, stored), *kernel.constants, bias, *([pack(dst, res)] if residual else [])]
     args = [tvm.runtime.tensor(a) for a in (*arrays, np.full(dst.size, np.nan, np.float32))]
     return Case(wl, x, w, bias, res, dst, kernel, executable, args)

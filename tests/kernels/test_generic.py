@@ -14,6 +14,7 @@ from tvm import te, tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as B
 
+from skimtvm.ops.packing import compile_kernel
 from skimtvm.relay_passes.schedule_rest import schedule
 from skimtvm.schedules import row_kernels as rows
 from skimtvm.schedules import vector_math as vm
@@ -63,7 +64,7 @@ def elementwise(fn: Callable[..., Any], n: int, lanes: int, inputs: int = 1) -> 
 
 def run(func: Any, target: CpuTarget, out: tuple[int, ...], *inputs: np.ndarray) -> tuple[np.ndarray, str]:
     """Result of a kernel whose output was filled with NaN, and its assembly."""
-    module = tvm.compile(func.with_attr("global_symbol", "main"), target=target.tvm())
+    module = compile_kernel(func, target)
     result = tvm.runtime.tensor(np.full(out, np.nan, "float32"))
     module["main"](*[tvm.runtime.tensor(np.ascontiguousarray(x)) for x in inputs], result)
     return result.numpy(), module.mod.inspect_source("asm")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tvm
 
+from skimtvm.ops.packing import compile_kernel
 from skimtvm.schedules.matmul import MatmulShape, block_shape, matmul
 from skimtvm.target import CpuTarget, resolve
 
@@ -31,7 +32,7 @@ CASES = [
 def compiled(a: tuple[int, ...], b: tuple[int, ...], out: tuple[int, ...], target: CpuTarget) -> tvm.runtime.Module:
     shape = MatmulShape.of(a, b)
     assert shape is not None
-    return tvm.compile(matmul(a, b, out, shape, target).with_attr("global_symbol", "main"), target=target.tvm())
+    return compile_kernel(matmul(a, b, out, shape, target), target)
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda t: t.isa)

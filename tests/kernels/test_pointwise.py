@@ -10,6 +10,7 @@ import pytest
 import tvm
 
 from skimtvm.layout import Halo, Layout, Space, natural, plane
+from skimtvm.ops.packing import compile_kernel
 from skimtvm.schedules.pointwise import OPS, Instr, Program, Slot, emit_pointwise, split_bias
 from skimtvm.target import TARGETS
 
@@ -28,7 +29,7 @@ LAYOUTS = {
 def run(program: Program, src: tuple[Layout, ...], dst: Layout, arrays: list[Any], others: list[Any], cpu: str) -> Any:
     target = TARGETS[cpu]
     func = emit_pointwise(program, tuple(Slot(s, s.size) for s in src), Slot(dst, dst.size), target)
-    executable = tvm.compile(func.with_attr("global_symbol", "main"), target=target.tvm())
+    executable = compile_kernel(func, target)
     flats = [pack(s, a) for s, a in zip(src, arrays, strict=True)]
     args = [tvm.runtime.tensor(a) for a in (*flats, *others, np.full(dst.size, np.nan, np.float32))]
     executable["main"](*args)

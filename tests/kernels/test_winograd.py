@@ -15,7 +15,7 @@ from tvm import te
 from skimtvm.errors import InternalError, UnsupportedWorkload
 from skimtvm.formats.csr import encode
 from skimtvm.layout import Halo, Space, plane
-from skimtvm.ops.packing import run_kernel
+from skimtvm.ops.packing import compile_kernel, run_kernel
 from skimtvm.ops.winograd import winograd_conv2d, winograd_csr_conv2d, winograd_reference
 from skimtvm.schedules import conv2d as conv
 from skimtvm.schedules import winograd_conv2d as wino
@@ -52,7 +52,7 @@ def poisoned(layout: Any, x: np.ndarray) -> np.ndarray:
 def built(gemm: WinogradGemm, cpu: str) -> Any:
     """Kernels take most of the time of these tests: layers that differ in their weights only share one."""
     target = TARGETS[cpu]
-    return tvm.compile(emit(gemm, target).with_attr("global_symbol", "main"), target=target.tvm())
+    return compile_kernel(emit(gemm, target), target)
 
 
 def run(

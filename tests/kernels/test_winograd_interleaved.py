@@ -12,7 +12,7 @@ import tvm
 
 from skimtvm.errors import InternalError
 from skimtvm.layout import Halo, Space, interleaved, plane
-from skimtvm.ops.packing import addresses, check_output, pack
+from skimtvm.ops.packing import addresses, check_output, compile_kernel, pack
 from skimtvm.ops.winograd import winograd_reference
 from skimtvm.schedules import conv2d as conv
 from skimtvm.schedules import winograd_conv2d as wino
@@ -29,7 +29,7 @@ from .test_winograd import BIAS_ADD_RELU, W
 @functools.cache
 def built(gemm: WinogradGemm, cpu: str) -> Any:
     target = TARGETS[cpu]
-    return tvm.compile(emit(gemm, target).with_attr("global_symbol", "main"), target=target.tvm())
+    return compile_kernel(emit(gemm, target), target)
 
 
 def run(

@@ -13,7 +13,7 @@ from tvm.relax import op
 
 from skimtvm.relay_passes.legalize_rest import legalize_rest
 from skimtvm.relay_passes.schedule_rest import schedules_of
-from skimtvm.target import resolve
+from skimtvm.target import lowering, resolve
 
 TARGET = resolve("auto")
 F32 = "float32"
@@ -172,6 +172,10 @@ def compiled(mod: tvm.IRModule, *passes: Any) -> Any:
         return tvm.compile(mod, target=TARGET.tvm(), relax_pipeline=tvm.transform.Sequential([*passes, *vm_passes()]))
 
 
+def assembly(executable: Any) -> str:
+    return "".join(m.inspect_source("asm") for m in executable.mod.imports if m.kind == "llvm")
+
+
 def machine(executable: Any) -> Any:
     return relax.VirtualMachine(executable, tvm.cpu())
 
@@ -209,10 +213,16 @@ def test_every_function_is_scheduled_and_reported(scheduled: tvm.IRModule) -> No
 
 @pytest.mark.parametrize("name", HEAVY)
 def test_vector_registers(name: str) -> None:
-    executable = compiled(legalize_rest(TARGET)(build([name])))
-    asm = "".join(m.inspect_source("asm") for m in executable.mod.imports if m.kind == "llvm")
+    asm = assembly(compiled(legalize_rest(TARGET)(build([name]))))
     assert ("%zmm" if TARGET.lanes == 16 else "%ymm") in asm
     assert not [call for call in ("expf", "tanhf", "erff", "powf", "logf") if f"{call}@" in asm or f"\t{call}\n" in asm]
+
+
+def test_idle_passes_leave_the_machine_code() -> None:
+    mod = legalize_rest(TARGET)(build(["pad", "reflect_pad", "where", "max_pool", "conv2d_transpose", "softmax"]))
+    whole = assembly(compiled(mod))
+    with lowering():
+        assert assembly(compiled(mod)) == whole
 
 
 def test_reshapes_between_kernels_are_views() -> None:
