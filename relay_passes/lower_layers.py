@@ -169,75 +169,68 @@ class _Lowering(FlatValues):
         assert layer is not None and layer.weight is not None
         channels: tuple[int, ...] | None = None
         choice = self._choice(layer)
-        if choice.winograd:
-            self._lower_winograd(n, choice)
-            return
         x = n.inputs[0]
         phases = conv.phases(wl)
-        if phases is None or self.plan.interleave > 1:
+        if phases is not None and self.plan.interleave == 1:
+            buffer, src = self._phases(x, phases, self.name_of[n.var])
+        elif choice.winograd:
+            buffer, src = self._contiguous(x)
+        else:
             buffer, src, channels = self.flat(x)
             if channels is not None and choice.kernel == "dense" and wl.groups > 1:
                 buffer, src = self._contiguous(x)
                 channels = None
             elif channels is not None:
                 src = Slot(self.plan.places[x].root_layout, src.size, 0)
-        else:
-            buffer, src = self._phases(x, phases, self.name_of[n.var])
         dst = self._slot(self.plan.places[n.var])
         residuals = [self._contiguous(t) for t in n.inputs[1:]]
         if n.var not in self.built:
-            self.built[n.var] = self._conv_kernel(n, src, dst, tuple(s for _, s in residuals), channels)
-        kernel, constants, record = self.built[n.var]
-        args = [buffer, *constants, *self._band(n), *self._channel_args(n), *(b for b, _ in residuals)]
-        self._write(n.var, kernel.key, kernel.name, kernel.emit, args, record)
-
-    def _conv_kernel(
-        self, n: Node, src: Slot, dst: Slot, residuals: tuple[Slot, ...], channels: tuple[int, ...] | None
-    ) -> tuple[Built, list[Any], LayerRecord]:
-        """The kernel of a convolution, its constants without a band, and its record."""
-        layer, wl = n.layer, n.workload
-        assert layer is not None and layer.weight is not None
-        choice = self._choice(layer)
-        weight = layer.weight if layer.weight.ndim == 4 else np.ascontiguousarray(layer.weight.T)[:, :, None, None]
-        op = "dense" if layer.kind == "dense" else "depthwise_conv2d" if wl.groups == wl.c > 1 else "conv2d"
-        site = ConvSite(
-            choice.kernel, choice.rows, choice.stored, wl, weight, src, dst, layer.program,
-            residuals, channels, op, self.name_of[n.var],
-        )  # fmt: skip
-        knobs, origin = self.knobs(site)
-        kernel = site.build(knobs, self.target)
-        record = self._record(
-            n, op, kernel=kernel.name, reason=choice.reason, macs=wl.macs, nnz=int(np.count_nonzero(weight)),
-            weights=weight.size, stored_bytes=kernel.stored_bytes, knobs=origin,
-        )  # fmt: skip
-        return kernel, self._constants(kernel), record
-
-    def _lower_winograd(self, n: Node, choice: Choice) -> None:
-        layer, wl, target, m = n.layer, n.workload, self.target, choice.winograd
-        assert layer is not None and layer.weight is not None
-        phases = conv.phases(wl)
-        if phases is None or self.plan.interleave > 1:
-            buffer, src = self._contiguous(n.inputs[0])
-        else:
-            buffer, src = self._phases(n.inputs[0], phases, self.name_of[n.var])
-        dst = self._slot(self.plan.places[n.var])
-        residuals = [self._contiguous(t) for t in n.inputs[1:]]
-        if n.var not in self.built:
-            weight = layer.weight
-            if not isinstance(wl, WinogradWorkload):
-                filters = winograd.phase_filters(wl, weight)
-                weight = winograd.transform(m, filters.shape[-1]).forward(filters)
-            slots = tuple(s for _, s in residuals)
-            site = WinogradSite(m, choice.rows == 0, choice.stored, wl, weight, src, dst, layer.program, slots)
-            kernel = site.build(site.default(target), target)
-            record = self._record(
-                n, "conv2d", kernel=kernel.name, reason=choice.reason, macs=wl.macs,
-                nnz=int(np.count_nonzero(layer.weight)), weights=layer.weight.size, stored_bytes=kernel.stored_bytes,
-            )  # fmt: skip
-            self.built[n.var] = kernel, self._constants(kernel), record
+            self.built[n.var] = self._conv_kernel(n, choice, src, dst, tuple(s for _, s in residuals), channels)
         kernel, constants, record = self.built[n.var]
         args = [buffer, *constants, *self._band(n), *self._channel_args(n), *(b for b, _ in residuals)]
         self._write(n.var, kernel.key, kernel.name, kernel.emit, args, record, workspace=kernel.workspace)
+
+    def _conv_kernel(
+        self,
+        n: Node,
+        choice: Choice,
+        src: Slot,
+        dst: Slot,
+        residuals: tuple[Slot, ...],
+        channels: tuple[int, ...] | None,
+    ) -> tuple[Built, list[Any], LayerRecord]:
+        """The kernel of a convolution, its constants without a band, and its record."""
+        layer, wl, m = n.layer, n.workload, choice.winograd
+        assert layer is not None and layer.weight is not None
+        weight, origin = layer.weight, ""
+        if m:
+            op = "conv2d"
+            if not isinstance(wl, WinogradWorkload):
+                filters = winograd.phase_filters(wl, weight)
+                weight = winograd.transform(m, filters.shape[-1]).forward(filters)
+            native = WinogradSite(m, choice.rows == 0, choice.stored, wl, weight, src, dst, layer.program, residuals)
+            kernel = native.build(native.default(self.target), self.target)
+        else:
+            op = "dense" if layer.kind == "dense" else "depthwise_conv2d" if wl.groups == wl.c > 1 else "conv2d"
+            if weight.ndim == 2:
+                weight = np.ascontiguousarray(weight.T)[:, :, None, None]
+            site = ConvSite(
+                choice.kernel, choice.rows, choice.stored, wl, weight, src, dst, layer.program,
+                residuals, channels, op, self.name_of[n.var],
+            )  # fmt: skip
+            knobs, origin = self.knobs(site)
+            kernel = site.build(knobs, self.target)
+        return kernel, self._constants(kernel), self._layer_record(n, op, kernel, choice, origin)
+
+    def _layer_record(self, n: Node, op: str, kernel: Built, choice: Choice, origin: str) -> LayerRecord:
+        """Of a layer with weights, as the network has them. ``origin``: of the knobs."""
+        layer = n.layer
+        assert layer is not None and layer.weight is not None
+        return self._record(
+            n, op, kernel=kernel.name, reason=choice.reason, macs=n.workload.macs,
+            nnz=int(np.count_nonzero(layer.weight)), weights=layer.weight.size, stored_bytes=kernel.stored_bytes,
+            knobs=origin,
+        )  # fmt: skip
 
     def _constants(self, kernel: Built) -> list[Any]:
         """Constant arguments of a convolution; in interleaved layouts without the last one, the band."""
@@ -267,10 +260,7 @@ class _Lowering(FlatValues):
         kernel = site.build(knobs, self.target)
         inputs = [self.bb.emit(relax.op.reshape(self.tensor(t), (int(np.prod(shape_of(t))),))) for t in n.inputs]
         args = [inputs[0], *(self._const(a) for a in kernel.constants), *self._channel_args(n), *inputs[1:]]
-        record = self._record(
-            n, "dense", kernel=kernel.name, reason=choice.reason, macs=wl.macs, nnz=int(np.count_nonzero(layer.weight)),
-            weights=layer.weight.size, stored_bytes=kernel.stored_bytes, knobs=origin,
-        )  # fmt: skip
+        record = self._layer_record(n, "dense", kernel, choice, origin)
         flat = self._call(kernel.key, kernel.name, kernel.emit, args, wl.m * wl.n, record)
         self.tensors[n.var] = self.bb.emit(relax.op.reshape(flat, shape_of(n.var)))
 
