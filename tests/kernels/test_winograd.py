@@ -92,8 +92,10 @@ def run(
     return kernel, executable
 
 
-@pytest.mark.parametrize("batch", [1, 3, 16])
-@pytest.mark.parametrize("size", [56, 28, 27, 14, 13, 7, 5, 1])
+SIZES_ALONE = [(size, 1) for size in (56, 28, 27, 14, 13, 7, 5, 1)]
+
+
+@pytest.mark.parametrize(("size", "batch"), [*SIZES_ALONE, (14, 3), (7, 3), (1, 3), (28, 16), (27, 16), (1, 16)])
 def test_sizes_and_batches(size: int, batch: int) -> None:
     run(W(batch, 3, size, 5), 0.5, dense=(size + batch) % 2 == 0)
 
