@@ -101,9 +101,11 @@ class BandOrder:
             for v in self.nodes
         }
         self.order: list[Step | Node] = []
+        self._turns: dict[Any, int] = {}  # of each value: its group
         outside = {leaf: True for leaf in whole}
-        for group in self._groups(nodes):
+        for turn, group in enumerate(self._groups(nodes)):
             for n in group:
+                self._turns[n.var] = turn
                 if n.kind not in BANDED:
                     for leaf in dict.fromkeys(reads(n)):
                         self.order += self._complete(leaf)
@@ -125,6 +127,10 @@ class BandOrder:
         for var, steps in touching.items():
             if var not in outside:
                 self._plan_window(var, steps)
+
+    def together(self, source: Any, reader: Any) -> bool:
+        """Whether both are computed band by band, in turns, so that ``reader`` finds ``source`` in cache."""
+        return source in self.nodes and reader in self.nodes and self._turns[source] == self._turns[reader]
 
     def _groups(self, nodes: Sequence[Node]) -> list[list[Node]]:
         """Runs of nodes whose windows fit the cache together, cut where the least passes from one to the next."""

@@ -23,7 +23,7 @@ from ..report import LayerRecord
 from ..schedules import conv2d as conv
 from ..schedules import interleaved, moves
 from ..schedules.pointwise import Slot, emit_pointwise
-from ..schedules.sites import AnyKnobs, Built, ConvSite, FcSite, Site, WinogradSite
+from ..schedules.sites import AnyKnobs, Built, Call, ConvSite, FcSite, PlacedSite, Site, WinogradSite
 from ..target import CpuTarget
 from ..workload import WinogradWorkload
 from ._utils import Graph, shape_of, substitute, tensor_leaves
@@ -79,6 +79,10 @@ class _Lowering(FlatValues):
     def __init__(self, knobs: KnobSource, bands: BandOrder | None, *values: Any) -> None:
         super().__init__(*values)
         self.knobs, self.bands = knobs, bands
+        self.steps: dict[Any, list[Step]] = {}  # of each value that is computed band by band
+        for item in bands.order if bands else ():
+            if isinstance(item, Step):
+                self.steps.setdefault(item.node.var, []).append(item)
         self.built: dict[Any, tuple[Built, list[Any], LayerRecord]] = {}  # convolutions, for all their bands
         self.step: Step | None = None  # the band that is being emitted, in interleaved layouts
         self.slides: dict[Any, LayerRecord] = {}
@@ -131,16 +135,32 @@ class _Lowering(FlatValues):
 
     def _band(self, n: Node) -> list[Any]:
         """The argument of kernels that compute a band of rows (``interleaved.Band``)."""
-        if self.step is None:
-            return []
-        values, step = [self.step.first, self.step.rows], self.step
+        return [] if self.step is None else [self._const(np.array(self._rows(n, self.step), np.int32))]
+
+    def _rows(self, n: Node, step: Step) -> list[int]:
+        """The values of a ``interleaved.Band``."""
+        values = [step.first, step.rows]
         image, row = divmod(step.first, nchw(n.var)[2])
         for k, var in enumerate([*n.inputs, n.var]):
             if var in step.at:
                 lay = self.plan.places[var].layout
                 stride = 1 if k == len(n.inputs) else taps(n, k).stride
                 values.append(step.at[var] - image * (lay.n_pitch // lay.row_pitch) - row * stride)
-        return [self._const(np.array(values, np.int32))]
+        return values
+
+    def _calls(self, n: Node, src: Slot) -> tuple[Call, ...]:
+        """The calls that compute ``n`` band by band; none where it is computed at once."""
+        assert self.bands is not None or n.var not in self.steps
+        lay, reach, calls = src.layout, taps(n, 0), []
+        for step in self.steps.get(n.var, ()):
+            values = self._rows(n, step)
+            image, row = divmod(step.first, nchw(n.var)[2])
+            at = lay.front + image * lay.n_pitch + (values[2] if lay.window else 0) * lay.row_pitch
+            rows = row * reach.stride + reach.low, (row + step.rows - 1) * reach.stride + reach.high + 1
+            begin, end = (min(max(at + y * lay.row_pitch, 0), src.size) for y in rows)
+            fresh = self.bands is not None and self.bands.together(n.inputs[0], n.var)
+            calls.append(Call(tuple(values), (begin, end) if fresh else (0, 0)))
+        return tuple(calls)
 
     def _choice(self, layer: Layer) -> Choice:
         return self.choices[layer.name]
@@ -202,24 +222,24 @@ class _Lowering(FlatValues):
         """The kernel of a convolution, its constants without a band, and its record."""
         layer, wl, m = n.layer, n.workload, choice.winograd
         assert layer is not None and layer.weight is not None
-        weight, origin = layer.weight, ""
+        weight, op = layer.weight, "conv2d"
+        common: dict[str, Any] = {
+            "stored": choice.stored, "workload": wl, "src": src, "dst": dst, "epilogue": layer.program,
+            "tensors": residuals, "bands": self._calls(n, src), "layer": self.name_of[n.var],
+        }  # fmt: skip
+        site: PlacedSite
         if m:
-            op = "conv2d"
             if not isinstance(wl, WinogradWorkload):
                 filters = winograd.phase_filters(wl, weight)
                 weight = winograd.transform(m, filters.shape[-1]).forward(filters)
-            native = WinogradSite(m, choice.rows == 0, choice.stored, wl, weight, src, dst, layer.program, residuals)
-            kernel = native.build(native.default(self.target), self.target)
+            site = WinogradSite(kernel="csr" if choice.rows else "dense", weight=weight, m=m, **common)
         else:
-            op = "dense" if layer.kind == "dense" else "depthwise_conv2d" if wl.groups == wl.c > 1 else "conv2d"
+            op = "dense" if layer.kind == "dense" else "depthwise_conv2d" if wl.groups == wl.c > 1 else op
             if weight.ndim == 2:
                 weight = np.ascontiguousarray(weight.T)[:, :, None, None]
-            site = ConvSite(
-                choice.kernel, choice.rows, choice.stored, wl, weight, src, dst, layer.program,
-                residuals, channels, op, self.name_of[n.var],
-            )  # fmt: skip
-            knobs, origin = self.knobs(site)
-            kernel = site.build(knobs, self.target)
+            site = ConvSite(kernel=choice.kernel, rows=choice.rows, weight=weight, channels=channels, op=op, **common)
+        knobs, origin = self.knobs(site)
+        kernel = site.build(knobs, self.target)
         return kernel, self._constants(kernel), self._layer_record(n, op, kernel, choice, origin)
 
     def _layer_record(self, n: Node, op: str, kernel: Built, choice: Choice, origin: str) -> LayerRecord:
@@ -255,7 +275,10 @@ class _Lowering(FlatValues):
         layer, wl = n.layer, n.workload
         assert layer is not None and layer.weight is not None
         choice = self._choice(layer)
-        site = FcSite(choice.kernel, choice.stored, wl, layer.weight, layer.program, len(n.inputs) - 1, layer.name)
+        site = FcSite(
+            kernel=choice.kernel, stored=choice.stored, workload=wl, weight=layer.weight, epilogue=layer.program,
+            residuals=len(n.inputs) - 1, layer=layer.name,
+        )  # fmt: skip
         knobs, origin = self.knobs(site)
         kernel = site.build(knobs, self.target)
         inputs = [self.bb.emit(relax.op.reshape(self.tensor(t), (int(np.prod(shape_of(t))),))) for t in n.inputs]

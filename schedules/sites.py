@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Sequence
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -30,7 +32,7 @@ from .pointwise import Instr, Program, Slot
 from .winograd import WinogradKnobs
 
 F32 = npt.NDArray[np.float32]
-AnyKnobs = Knobs | FcKnobs
+AnyKnobs = Knobs | FcKnobs | WinogradKnobs
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,35 +49,121 @@ class Built:
     workspace: int = 0
 
 
-@dataclass(frozen=True, eq=False)
-class ConvSite:
-    """``kernel``: a row of ``KERNELS`` (dense, csr, bsr4, ...), ``rows``: its R; ``stored``: fraction of the R x 1 blocks
-    that hold a nonzero; ``channels``: where each input channel lies in ``src`` (None: in order)."""
+@dataclass(frozen=True)
+class Call:
+    """One of the calls that compute a layer. ``band``: the argument of ``interleaved.Band`` (None: as built, all rows);
+    ``reads``: [begin, end) of the floats of the source that the layer before has just written."""
+
+    band: tuple[int, ...] | None
+    reads: tuple[int, int]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Site(ABC):
+    """``kernel``: a row of ``KERNELS`` (dense, csr, bsr4, ...); ``stored``: fraction of the blocks of its R output channels
+    that hold a nonzero; ``layer``: name of the layer."""
 
     kernel: str
-    rows: int
     stored: float
-    workload: ConvWorkload
+    workload: ConvWorkload | DenseWorkload
     weight: F32
-    src: Slot
-    dst: Slot
     epilogue: Program = field(default_factory=Program)
-    tensors: tuple[Slot, ...] = ()
-    channels: Sequence[int] | None = None
-    op: str = "conv2d"
     layer: str = ""
 
     @property
+    @abstractmethod
     def name(self) -> str:
         """Of the kernel in tuning logs."""
-        return f"{self.kernel}_conv2d"
+
+    @property
+    @abstractmethod
+    def layout(self) -> str:
+        """What of the layouts the code depends on."""
+
+    @property
+    @abstractmethod
+    def rows_first(self) -> F32:
+        """The weight, output channels first."""
+
+    @abstractmethod
+    def default(self, target: CpuTarget) -> Any:
+        """Knobs without a measurement."""
+
+    @abstractmethod
+    def space(self, target: CpuTarget, threads: int = 1) -> Iterable[Any]:
+        """Legal knobs of this site, those of ``default`` first."""
+
+    @abstractmethod
+    def adapt(self, knobs: Any, target: CpuTarget, threads: int = 1) -> AnyKnobs | None:
+        """``knobs`` of the right class, tuned for ``threads`` on a layer like this one, with the parallel pieces of this
+        one; None where they are not legal for it."""
+
+    @abstractmethod
+    def build(self, knobs: AnyKnobs, target: CpuTarget) -> Built:
+        """The kernel."""
+
+    @abstractmethod
+    def sizes(self) -> tuple[int, tuple[int, ...], int]:
+        """Floats of source, residuals and output."""
+
+    @abstractmethod
+    def calls(self) -> tuple[Call, ...]:
+        """The calls that compute the layer in a network, in order."""
+
+    @abstractmethod
+    def written(self) -> int:
+        """Different floats of the output that ``calls`` write, not counting padding."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PlacedSite(Site):
+    """A convolution between places in buffers. ``tensors``: residuals; ``bands``: its calls where it runs band by band."""
+
+    workload: ConvWorkload
+    src: Slot
+    dst: Slot
+    tensors: tuple[Slot, ...] = ()
+    bands: tuple[Call, ...] = ()
 
     @property
     def layout(self) -> str:
-        """What of the layouts the code depends on: pitches, gaps, residuals."""
+        """Pitches, gaps, residuals, and rows of a band."""
         s, d = self.src.layout, self.dst.layout
         parts = [d.interleave, s.row_pitch, s.c_pitch, d.c_pitch, d.positions, int(d.zero_halo), len(self.tensors)]
-        return "/".join(map(str, parts))
+        rows = max((call.band[1] for call in self.bands if call.band), default=0)
+        return "/".join(map(str, [*parts, *([f"rows{rows}"] if rows else [])]))
+
+    @property
+    def rows_first(self) -> F32:
+        return self.weight
+
+    def sizes(self) -> tuple[int, tuple[int, ...], int]:
+        return self.src.size, tuple(t.size for t in self.tensors), self.dst.size
+
+    def calls(self) -> tuple[Call, ...]:
+        return self.bands or (Call(None, (0, self.src.size)),)
+
+    def written(self) -> int:
+        lay, rows = self.dst.layout, set()
+        for call in self.bands if lay.window else ():
+            assert call.band is not None
+            image, row = divmod(call.band[0], lay.h)
+            at = image * (lay.n_pitch // lay.row_pitch) + row + call.band[-1]
+            rows |= set(range(at, at + call.band[1]))
+        return len(rows) * lay.w * self.workload.k * lay.interleave if rows else math.prod(self.workload.out_shape)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ConvSite(PlacedSite):
+    """``rows``: R of the kernel; ``channels``: where each input channel lies in ``src`` (None: in order)."""
+
+    rows: int
+    channels: Sequence[int] | None = None
+    op: str = "conv2d"
+
+    @property
+    def name(self) -> str:
+        return f"{self.kernel}_conv2d"
 
     def default(self, target: CpuTarget) -> Knobs:
         rows = 8 if self.kernel == "dense" else self.rows
@@ -84,8 +172,26 @@ class ConvSite:
         )
 
     def space(self, target: CpuTarget, threads: int = 1) -> ConvSpace:
-        """Legal knobs of this site; those of ``default`` are among them."""
         return model.conv_space(self.workload, self.dst, self.default(target), target, threads, self.copies)
+
+    def adapt(self, knobs: Any, target: CpuTarget, threads: int = 1) -> Knobs | None:
+        assert isinstance(knobs, Knobs)
+        wl, default = self.workload, self.default(target)
+        knobs = dataclasses.replace(knobs, chunks=default.chunks)
+        if (knobs.dense, knobs.across) != (default.dense, default.across):
+            return None
+        if knobs.across:
+            return knobs if model.across_fits(knobs.rows, knobs.vectors, wl.k // wl.groups) else None
+        if not model.fits(knobs.rows, knobs.vectors, knobs.lanes, target):
+            return None
+        if not knobs.dense and knobs.rows != default.rows:
+            return None
+        if knobs.aligned:
+            if not model.copies_fit(knobs, self.copies(knobs.vectors, knobs.lanes), target):
+                return None
+            chunks = model.aligned_chunks(knobs, self.dst.layout.positions, wl.k // knobs.rows, threads)
+            return dataclasses.replace(knobs, chunks=chunks)
+        return None if self.dst.layout.interleave > 1 and knobs.lanes != default.lanes else knobs
 
     def copies(self, vectors: int, lanes: int) -> Copies | None:
         """What aligned knobs copy; None where taps are aligned anyway, or loads are few, or channels not in order."""
@@ -106,32 +212,13 @@ class ConvSite:
         name = f"f32_{fmt}_{self.op}_{knobs.rows}x{knobs.vectors * knobs.lanes}_{target.isa}"
         return Built(name, gemm, kernel.constants, kernel.stored_bytes, lambda: gather_gemm.emit(gemm))
 
-    def alone(self) -> ConvSite:
-        """The same layer on whole tensors, where it shared windows with others: what can be run by itself."""
 
-        def whole(slot: Slot) -> Slot:
-            lay = dataclasses.replace(slot.layout, window=0)
-            return Slot(lay, lay.size, slot.channel) if slot.layout.window else slot
-
-        tensors = tuple(whole(t) for t in self.tensors)
-        return dataclasses.replace(self, src=whole(self.src), dst=whole(self.dst), tensors=tensors)
-
-    def sizes(self) -> tuple[int, tuple[int, ...], int]:
-        """Floats of source, residuals and output."""
-        return self.src.size, tuple(t.size for t in self.tensors), self.dst.size
-
-
-@dataclass(frozen=True, eq=False)
-class FcSite:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class FcSite(Site):
     """A fully connected layer of few rows; ``weight`` f32[k, n]; ``residuals``: tensors that the epilogue adds."""
 
-    kernel: str
-    stored: float
     workload: DenseWorkload
-    weight: F32
-    epilogue: Program = field(default_factory=Program)
     residuals: int = 0
-    layer: str = ""
 
     @property
     def name(self) -> str:
@@ -141,49 +228,59 @@ class FcSite:
     def layout(self) -> str:
         return str(self.residuals)
 
+    @property
+    def rows_first(self) -> F32:
+        return self.weight.T
+
     def default(self, target: CpuTarget) -> FcKnobs:
         return model.fc_default(self.workload, self.kernel == "dense", target)
 
     def space(self, target: CpuTarget, threads: int = 1) -> FcSpace:
         return model.fc_space(self.workload, self.default(target), self.kernel == "dense", target, threads)
 
+    def adapt(self, knobs: Any, target: CpuTarget, threads: int = 1) -> FcKnobs | None:
+        assert isinstance(knobs, FcKnobs)
+        return dataclasses.replace(knobs, chunks=self.default(target).chunks)
+
     def build(self, knobs: AnyKnobs, target: CpuTarget) -> Built:
         assert isinstance(knobs, FcKnobs)
         kernel = dense.build(self.workload, self.weight, self.kernel, self.epilogue, self.residuals, target, knobs)
         return Built(kernel.name, kernel.key, kernel.constants, kernel.stored_bytes, kernel.emit)
 
-    def alone(self) -> FcSite:
-        return self
-
     def sizes(self) -> tuple[int, tuple[int, ...], int]:
         wl = self.workload
         return wl.m * wl.k, (wl.m * wl.n,) * self.residuals, wl.m * wl.n
 
+    def calls(self) -> tuple[Call, ...]:
+        return (Call(None, (0, self.workload.m * self.workload.k)),)
 
-@dataclass(frozen=True, eq=False)
-class WinogradSite:
-    """A convolution by F(m x m, r x r); ``weight`` f32[k, c / groups, t, t] of its positions, of which ``stored`` are not
-    zero; ``dense``: store all of them."""
+    def written(self) -> int:
+        return self.workload.m * self.workload.n
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class WinogradSite(PlacedSite):
+    """A convolution by F(m x m, r x r); ``kernel``: dense or csr; ``weight`` f32[k, c / groups, t, t] of its positions, of
+    which ``stored`` are not zero."""
 
     m: int
-    dense: bool
-    stored: float
-    workload: ConvWorkload
-    weight: F32
-    src: Slot
-    dst: Slot
-    epilogue: Program = field(default_factory=Program)
-    tensors: tuple[Slot, ...] = ()
 
     @property
     def name(self) -> str:
-        return f"{'dense' if self.dense else 'csr'}_winograd{self.m}"
+        return f"{self.kernel}_winograd{self.m}"
 
     def default(self, target: CpuTarget) -> WinogradKnobs:
         images = self.dst.layout.interleave
-        return wino.default_knobs(self.workload, self.m, self.dense, target, self.stored, images=images)
+        return wino.default_knobs(self.workload, self.m, self.kernel == "dense", target, self.stored, images=images)
 
-    def build(self, knobs: AnyKnobs | WinogradKnobs, target: CpuTarget) -> Built:
+    def space(self, target: CpuTarget, threads: int = 1) -> Sequence[WinogradKnobs]:
+        return wino.space(self.workload, self.m, self.default(target), target, images=self.dst.layout.interleave)
+
+    def adapt(self, knobs: Any, target: CpuTarget, threads: int = 1) -> WinogradKnobs | None:
+        assert isinstance(knobs, WinogradKnobs)
+        return knobs if knobs in self.space(target, threads) else None
+
+    def build(self, knobs: AnyKnobs, target: CpuTarget) -> Built:
         assert isinstance(knobs, WinogradKnobs)
         kernel = wino.build(
             self.workload, self.weight, self.src, self.dst, self.m, knobs, epilogue=self.epilogue, tensors=self.tensors
@@ -193,14 +290,6 @@ class WinogradSite:
         name = f"f32_{fmt}_winograd{self.m}_conv2d_{knobs.rows}x{knobs.together * knobs.lanes}_{target.isa}"
         make = lambda: winograd.emit(gemm, target)
         return Built(name, gemm, kernel.constants, kernel.stored_bytes, make, gemm.workspace)
-
-    def sizes(self) -> tuple[int, tuple[int, ...], int]:
-        """Floats of source, residuals and output."""
-        return self.src.size, tuple(t.size for t in self.tensors), self.dst.size
-
-
-Site = ConvSite | FcSite  # what has knobs to tune
-AnySite = Site | WinogradSite
 
 
 # ---- versions ----------------------------------------------------------------------------------------------------
@@ -225,12 +314,12 @@ def version(name: str, target: CpuTarget) -> str:
     return digest.hexdigest()[:12]
 
 
-def _samples(kernel: str, op: str, target: CpuTarget) -> list[tuple[AnySite, dict[str, int]]]:
+def _samples(kernel: str, op: str, target: CpuTarget) -> list[tuple[Site, dict[str, int]]]:
     rng = np.random.default_rng(0)
     relu = Program((Instr("add", ("t0", "c0")), Instr("nn.relu", ("v0",))), 1, 1)
     if op == "fc":
         weight = (rng.standard_normal((40, 40)) * (rng.random((40, 40)) < 0.3)).astype(np.float32)
-        fc = FcSite(kernel, 0.3, DenseWorkload(1, 40, 40), weight, relu)
+        fc = FcSite(kernel=kernel, stored=0.3, workload=DenseWorkload(1, 40, 40), weight=weight, epilogue=relu)
         return [(fc, {}), (fc, {"ahead": 256})]
     wl = ConvWorkload(1, 4, 9, 9, 16, 3, 3, padding=(1, 1, 1, 1))
     rows = int(kernel.removeprefix("bsr")) if kernel.startswith("bsr") else 1
@@ -245,10 +334,12 @@ def _samples(kernel: str, op: str, target: CpuTarget) -> list[tuple[AnySite, dic
         batch = dataclasses.replace(wl, n=target.lanes)
         src, dst = (interleaved(target.lanes, c, 9, 9, halo, target.lanes) for c in (wl.c, wl.k))
         mixed = Slot(src, src.size), Slot(dst, dst.size)
-        sizes = ((wl, slots), (batch, mixed))
-        return [(WinogradSite(int(op[-1]), kernel == "dense", 0.3, w, u, *places, relu), {}) for w, places in sizes]
-    conv = ConvSite(kernel, rows, 0.3, wl, weight, *slots, relu)
-    samples: list[tuple[AnySite, dict[str, int]]] = [
+        common: dict[str, Any] = {"kernel": kernel, "stored": 0.3, "weight": u, "epilogue": relu, "m": int(op[-1])}
+        return [(WinogradSite(workload=w, src=s, dst=d, **common), {}) for w, (s, d) in ((wl, slots), (batch, mixed))]
+    conv = ConvSite(
+        kernel=kernel, rows=rows, stored=0.3, workload=wl, weight=weight, src=slots[0], dst=slots[1], epilogue=relu
+    )
+    samples: list[tuple[Site, dict[str, int]]] = [
         (conv, {}),
         (conv, {} if kernel == "dense" else {"channel_block": 2}),
     ]

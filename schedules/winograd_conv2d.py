@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +15,7 @@ from ..layout import round_up
 from ..target import CpuTarget
 from ..workload import ConvWorkload
 from .interleaved import whole_band
+from .knobs import fits
 from .pointwise import Program, Slot
 from .winograd import InterleavedTaps, WinogradGemm, WinogradKnobs
 
@@ -68,6 +71,39 @@ def _interleaved_knobs(wl: ConvWorkload, m: int, dense: bool, target: CpuTarget,
     blocks = max(2, -(-per_group // INTERLEAVED_CHANNELS)) if per_group > 1 else 1
     channel_block = round_up(-(-per_group // blocks), rows)
     return WinogradKnobs(rows, dense, vectors, together, 1, channel_block, images, 1)
+
+
+BLOCKS = (1, 2, 3, 4, 6, 8, 12, 16)  # of output channels
+WORK = 8  # workspace of one block of output channels, in sizes of the second-level cache
+DENSE_ROWS = (4, 6, 8, 12)
+
+
+def space(
+    wl: ConvWorkload, m: int, start: WinogradKnobs, target: CpuTarget, *, images: int = 1
+) -> tuple[WinogradKnobs, ...]:
+    """Legal knobs of a layer with the default ``start``, which comes first: sums of a row group that fit the registers,
+    whole row groups in a block of output channels, whole runs of tiles in a vector."""
+    wl = wl.phase_view
+    t, per_group = m + wl.kh - 1, wl.k // wl.groups
+    found = {start: True}
+    segments = (1,) if images > 1 else tuple(s for s in (8, 4, 2, 1) if s * m <= start.lanes)
+    for segment, rows in itertools.product(segments, DENSE_ROWS if start.dense else (1,)):
+        total = -(-wl.out_w // m) if images > 1 else -(-tile_count(wl, m, segment) // start.lanes)
+        unrolls = (1,) if start.dense or images > 1 else (1, 2, 4)
+        for together, times, unroll in itertools.product(range(1, 15), range(1, 9), unrolls):
+            vectors = together * times
+            if vectors > total or rows > per_group or not fits(rows, together * unroll, start.lanes, target):
+                continue
+            for blocks in BLOCKS:
+                block = round_up(-(-per_group // blocks), rows)
+                floats = t * t * (wl.c * vectors + block * vectors) * start.lanes
+                if 4 * floats <= WORK * target.l2_bytes:
+                    knobs = dataclasses.replace(
+                        start, rows=rows, vectors=vectors, together=together, unroll=unroll, channel_block=block,
+                        segment=segment,
+                    )  # fmt: skip
+                    found[knobs] = True
+    return tuple(found)
 
 
 @dataclass(frozen=True, eq=False)

@@ -94,7 +94,15 @@ class InterleavedBody(Body):
         return found + self._share(self.out, own + k, dst, shape, knobs.channel_block, p, gemm.positions, groups)
 
     def _share(
-        self, buffer: Any, at: Any, lay: Layout, shape: tuple[int, int], channels: int, turn: Any, turns: int, groups: int
+        self,
+        buffer: Any,
+        at: Any,
+        lay: Layout,
+        shape: tuple[int, int],
+        channels: int,
+        turn: Any,
+        turns: int,
+        groups: int,
     ) -> list[Ahead]:
         """What turn ``turn`` of ``turns`` fetches of ``channels`` of the rows x columns pixels from ``at``: some pixels, or a
         part of one."""

@@ -25,12 +25,12 @@ from ..kernels import Kernel, applicable
 from ..layout import Halo, Space, interleaved, plane
 from ..schedules import conv2d
 from ..schedules.pointwise import Instr, Program, Slot
-from ..schedules.sites import AnySite, ConvSite, FcSite, WinogradSite, version
+from ..schedules.sites import ConvSite, FcSite, Site, WinogradSite, version
 from ..target import CpuTarget, resolve
 from ..tvm_runtime import import_compiler, with_threads
 from ..workload import ConvWorkload, DenseWorkload, WinogradWorkload
 from .log import now
-from .worker import Bench, Here, Options
+from .worker import Bench, Candidate, Here, Options
 
 Workload = ConvWorkload | DenseWorkload
 BIAS_RELU = Program((Instr("add", ("t0", "c0")), Instr("nn.relu", ("v0",))), 1, 1)
@@ -109,7 +109,7 @@ def cases(workload: Workload, densities: Sequence[float], interleave: int = 1) -
                 yield Case(sparse, native, density, interleave)
 
 
-def site(case: Case) -> tuple[AnySite, float]:
+def site(case: Case) -> tuple[Site, float]:
     """The layer with random weights, bias and ReLU, and its density."""
     kernel, wl, rng = case.kernel, case.workload, np.random.default_rng(0)
 
@@ -121,9 +121,10 @@ def site(case: Case) -> tuple[AnySite, float]:
         return values * np.repeat(keep, rows, axis=0)[: shape[0]]
 
     rows = max(1, kernel.rows)
+    common: dict[str, Any] = {"kernel": kernel.name, "stored": case.density, "epilogue": BIAS_RELU}
     if isinstance(wl, DenseWorkload) and kernel.op == "fc":
         weight = np.ascontiguousarray(weights((wl.n, wl.k), 1).T)
-        return FcSite(kernel.name, case.density, wl, weight, BIAS_RELU), _density(weight)
+        return FcSite(workload=wl, weight=weight, **common), _density(weight)
     # A dense layer of many rows runs as a 1x1 convolution over its rows.
     conv = ConvWorkload(1, wl.k, 1, wl.m, wl.n, 1, 1) if isinstance(wl, DenseWorkload) else wl
     halo = conv2d.halo(conv, interleaved=case.interleave > 1)
@@ -133,16 +134,16 @@ def site(case: Case) -> tuple[AnySite, float]:
     else:
         space = Space(conv.w + max(halo.left, halo.right), conv.h + max(halo.top, halo.bottom))
         src, dst = (plane(conv.n, channels, conv.h, conv.w, space, halo) for channels in (conv.c, conv.k))
-    slots = Slot(src, src.size), Slot(dst, dst.size)
+    common |= {"workload": conv, "src": Slot(src, src.size), "dst": Slot(dst, dst.size)}
     m = wl.m if isinstance(wl, WinogradWorkload) else kernel.winograd
     if m:
         view = conv.phase_view
         t = m + view.kh - 1
         weight = weights((conv.k, view.c // view.groups, t, t), rows)
-        return WinogradSite(m, not kernel.rows, case.density, conv, weight, *slots, BIAS_RELU), _density(weight)
+        common["kernel"] = "csr" if kernel.rows else "dense"
+        return WinogradSite(m=m, weight=weight, **common), _density(weight)
     weight = weights(conv.weight_shape, rows)
-    made = ConvSite(kernel.name, rows, case.density, conv, weight, *slots, BIAS_RELU)
-    return made, _density(weight)
+    return ConvSite(rows=rows, weight=weight, **common), _density(weight)
 
 
 def _density(weight: np.ndarray) -> float:
@@ -240,22 +241,22 @@ def _shape_of(points: Sequence[Point]) -> Workload:
     return workload
 
 
-def _samples(runner: Here, kernels: Sequence[tuple[Any, list[Any]]], rounds: int, again: bool) -> list[list[float]]:
+def _samples(runner: Here, kernels: Sequence[Candidate], rounds: int, again: bool) -> list[list[float]]:
     """Seconds of one call of each kernel in each of ``rounds``, the input in the cache and the weights not; ``again``: what
     the last call used is there."""
     evict = np.ones(EVICTED // 4, np.float32)
     samples: list[list[float]] = [[] for _ in kernels]
     with runner.alone():
         for kernel in kernels:
-            runner.sample(*kernel, 1)
+            runner.sample(kernel, warm=True)
         for _ in range(rounds):
-            for mine, (function, args) in zip(samples, kernels, strict=True):
+            for mine, kernel in zip(samples, kernels, strict=True):
                 if again:
-                    runner.sample(function, args, 1)
+                    runner.sample(kernel, warm=True)
                 else:
                     evict.sum()
-                    args[0].numpy()
-                mine.append(runner.sample(function, args, 1))
+                    kernel.calls[0][0][0].numpy()
+                mine.append(runner.sample(kernel, warm=True))
     return samples
 
 
@@ -275,7 +276,7 @@ def _shape(
         layer, density = site(case)
         bench = Bench(layer, target, 1, runner.options, compiled)
         bench.build(0, layer.default(target))
-        found.append((case, density, bench.names[0], bench))
+        found.append((case, density, bench.kernels[0].name, bench))
     step(f"{workload}: measure")
     samples = _samples(runner, [bench.kernels[0] for *_, bench in found], rounds, all_cases[0].interleave > 1)
     medians = [statistics.median(s) for s in samples]

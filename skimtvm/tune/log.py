@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InvalidOption, OutputExists, UnsupportedWorkload
-from ..workload import ConvWorkload, DenseWorkload
+from ..workload import ConvWorkload, DenseWorkload, WinogradWorkload
 
 SCHEMA = 1
 SHIPPED = Path(__file__).parent.parent / "tuning_logs"
-_WORKLOADS: dict[str, Any] = {"conv2d": ConvWorkload, "dense": DenseWorkload}
+_WORKLOADS: dict[str, Any] = {"conv2d": ConvWorkload, "dense": DenseWorkload, "winograd": WinogradWorkload}
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Record:
 
     def to_json(self) -> str:
         raw = dataclasses.asdict(self)
-        kind = next(name for name, cls in _WORKLOADS.items() if isinstance(self.workload, cls))
+        kind = next(name for name, cls in _WORKLOADS.items() if type(self.workload) is cls)
         raw["workload"] = {"type": kind, **raw["workload"]}
         raw["density"] = self.sparsity.density
         for name in ("median_s", "default_s", "predicted"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
@@ -12,9 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..schedules.gather_gemm import Knobs
-from ..schedules.knobs import across_fits, aligned_chunks, copies_fit, fits
-from ..schedules.sites import AnyKnobs, ConvSite, Site, version
+from ..schedules.sites import AnyKnobs, PlacedSite, Site, version
 from ..target import CpuTarget
 from .log import Log, Record, Sparsity
 
@@ -23,7 +20,7 @@ NEAR = 1.5  # the largest ratio of two densities at which knobs are still taken 
 
 def sparsity_of(site: Site) -> Sparsity:
     """Rows are output channels."""
-    weight = site.weight if isinstance(site, ConvSite) else site.weight.T
+    weight = site.rows_first
     nonzero = weight.reshape(weight.shape[0], -1) != 0
     rows = nonzero.sum(axis=1)
     signature = hashlib.sha256(np.packbits(nonzero).tobytes()).hexdigest()[:12]
@@ -36,31 +33,11 @@ def sparsity_of(site: Site) -> Sparsity:
 def knobs_from(site: Site, raw: Mapping[str, Any], target: CpuTarget, threads: int = 1) -> AnyKnobs | None:
     """The knobs that a record for ``threads`` holds, with the parallel pieces of ``site``; None where they are none of
     today's, or not legal for it."""
-    default = site.default(target)
     try:
-        knobs = type(default)(**raw)
+        knobs = type(site.default(target))(**raw)
     except TypeError:
         return None
-    knobs = dataclasses.replace(knobs, chunks=default.chunks)
-    if isinstance(knobs, Knobs) and isinstance(default, Knobs):
-        if (knobs.dense, knobs.across) != (default.dense, default.across):
-            return None
-        if knobs.across and isinstance(site, ConvSite):
-            wl = site.workload
-            return knobs if across_fits(knobs.rows, knobs.vectors, wl.k // wl.groups) else None
-        if not fits(knobs.rows, knobs.vectors, knobs.lanes, target):
-            return None
-        if not knobs.dense and knobs.rows != default.rows:
-            return None
-        if knobs.aligned and isinstance(site, ConvSite):
-            if not copies_fit(knobs, site.copies(knobs.vectors, knobs.lanes), target):
-                return None
-            groups = site.workload.k // knobs.rows
-            chunks = aligned_chunks(knobs, site.dst.layout.positions, groups, threads)
-            return dataclasses.replace(knobs, chunks=chunks)
-        if isinstance(site, ConvSite) and site.dst.layout.interleave > 1 and knobs.lanes != default.lanes:
-            return None
-    return knobs
+    return site.adapt(knobs, target, threads)
 
 
 @dataclass(frozen=True)
@@ -114,7 +91,7 @@ def _distance(site: Site, mine: Sparsity, record: Record) -> float:
     """How far a record of the same kernel and workload is from ``site``; infinite beyond NEAR."""
     other = record.sparsity
     apart = 0.0
-    if isinstance(site, ConvSite) and record.layout.split("/")[0] != site.layout.split("/")[0]:
+    if isinstance(site, PlacedSite) and record.layout.split("/")[0] != site.layout.split("/")[0]:
         return math.inf  # one is interleaved, the other is not
     if site.kernel != "dense" and mine.signature != other.signature:
         if min(mine.stored, other.stored) <= 0:

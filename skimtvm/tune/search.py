@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,8 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import EnvironmentProblem, InvalidOption
+from ..schedules.dense import FcKnobs
 from ..schedules.gather_gemm import Knobs
 from ..schedules.sites import AnyKnobs
+from ..schedules.winograd import WinogradKnobs
 from .features import F32, features
 from .tasks import Task
 
@@ -38,6 +41,8 @@ def xgboost() -> Any:
 
 def _kind(knobs: AnyKnobs) -> object:
     """What candidates have in common that run at similar speed."""
+    if isinstance(knobs, WinogradKnobs):
+        return knobs.rows, knobs.vectors, knobs.together, knobs.segment
     return (knobs.vectors, knobs.lanes, knobs.aligned) if isinstance(knobs, Knobs) else knobs.ahead
 
 
@@ -45,15 +50,18 @@ def _nearest(knobs: AnyKnobs, space: Sequence[AnyKnobs]) -> AnyKnobs | None:
     """The member of ``space`` most like ``knobs``, which won on a layer with other tiles and blocks; None without any."""
     if knobs in space:
         return knobs
-    if not isinstance(knobs, Knobs):
+    if isinstance(knobs, FcKnobs):
         return None
+    mine = dataclasses.asdict(knobs)
 
     def apart(other: AnyKnobs) -> float:
-        assert isinstance(other, Knobs)
-        ratios = other.vectors / knobs.vectors, other.channel_block / knobs.channel_block
-        return sum(abs(math.log2(r)) for r in ratios) + 0.1 * (other.ahead != knobs.ahead)
+        """How far tiles and blocks are from each other, and a little for all else."""
+        theirs = dataclasses.asdict(other)
+        ratios = (theirs[name] / mine[name] for name in ("vectors", "channel_block"))
+        return sum(abs(math.log2(r)) for r in ratios) + 0.1 * sum(theirs[name] != mine[name] for name in mine)
 
-    same = [k for k in space if isinstance(k, Knobs) and (k.lanes, k.aligned) == (knobs.lanes, knobs.aligned)]
+    fixed = ("rows", "lanes", "aligned") if isinstance(knobs, Knobs) else ("rows", "lanes")
+    same = [k for k in space if type(k) is type(knobs) and all(getattr(k, f) == getattr(knobs, f) for f in fixed)]
     return min(same, key=apart, default=None)
 
 

@@ -58,7 +58,7 @@ def extract(source: Any, options: CompileOptions, *, threads: int = 1, dense: bo
     target = resolve(options.target)
 
     def observe(site: Site) -> tuple[AnyKnobs, str]:
-        sites.append(site.alone())
+        sites.append(site)
         return site.default(target), ""
 
     lower_model(source, options, target, observe, calibration=find_calibration(options, target))

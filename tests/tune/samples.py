@@ -30,13 +30,16 @@ def conv_site(
     weight = (rng.standard_normal(wl.weight_shape) * keep).astype(np.float32)
     halo, space = conv2d.halo(wl), Space(size + 1, size + 1)
     src, dst = plane(1, c, size, size, space, halo), plane(1, k, size, size, space, halo)
-    return ConvSite(kernel, rows, density, wl, weight, Slot(src, src.size), Slot(dst, dst.size), RELU)
+    return ConvSite(
+        kernel=kernel, rows=rows, stored=density, workload=wl, weight=weight, src=Slot(src, src.size),
+        dst=Slot(dst, dst.size), epilogue=RELU,
+    )  # fmt: skip
 
 
 def fc_site(k: int = 96, n: int = 40, density: float = 0.2) -> FcSite:
     rng = np.random.default_rng(0)
     weight = (rng.standard_normal((k, n)) * (rng.random((k, n)) < density)).astype(np.float32)
-    return FcSite("csr", density, DenseWorkload(1, k, n), weight, RELU)
+    return FcSite(kernel="csr", stored=density, workload=DenseWorkload(1, k, n), weight=weight, epilogue=RELU)
 
 
 def task(site: ConvSite | FcSite | None = None) -> Task:
