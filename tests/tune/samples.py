@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
-from skimtvm.layout import Space, plane
+from skimtvm.layout import Space, interleaved, plane
 from skimtvm.schedules import conv2d
 from skimtvm.schedules.pointwise import Instr, Program, Slot
-from skimtvm.schedules.sites import ConvSite, FcSite, version
+from skimtvm.schedules.sites import ConvSite, FcSite, Site, WinogradSite, version
 from skimtvm.target import CpuTarget, resolve
 from skimtvm.tune.log import Record, now
 from skimtvm.tune.lookup import sparsity_of
@@ -36,18 +36,36 @@ def conv_site(
     )  # fmt: skip
 
 
+def winograd_site(
+    c: int = 12, size: int = 13, k: int = 20, density: float = 0.3, kernel: str = "csr", images: int = 1, m: int = 4
+) -> WinogradSite:
+    wl = ConvWorkload(images, c, size, size, k, 3, 3, padding=(1, 1, 1, 1))
+    rng = np.random.default_rng(0)
+    shape = (k, c, m + 2, m + 2)
+    weight = (rng.standard_normal(shape) * (rng.random(shape) < density)).astype(np.float32)
+    halo = conv2d.halo(wl, interleaved=images > 1)
+    if images > 1:
+        src, dst = (interleaved(images, n, size, size, halo, images) for n in (c, k))
+    else:
+        src, dst = (plane(1, n, size, size, Space(size + 1, size + 1), halo) for n in (c, k))
+    return WinogradSite(
+        kernel=kernel, stored=density, workload=wl, weight=weight, src=Slot(src, src.size), dst=Slot(dst, dst.size),
+        epilogue=RELU, m=m,
+    )  # fmt: skip
+
+
 def fc_site(k: int = 96, n: int = 40, density: float = 0.2) -> FcSite:
     rng = np.random.default_rng(0)
     weight = (rng.standard_normal((k, n)) * (rng.random((k, n)) < density)).astype(np.float32)
     return FcSite(kernel="csr", stored=density, workload=DenseWorkload(1, k, n), weight=weight, epilogue=RELU)
 
 
-def task(site: ConvSite | FcSite | None = None) -> Task:
+def task(site: Site | None = None) -> Task:
     site = site or conv_site()
     return Task(site, resolve(), 1, sparsity_of(site), ("layer",))
 
 
-def record(site: ConvSite | FcSite, target: CpuTarget | None = None, **more: Any) -> Record:
+def record(site: Site, target: CpuTarget | None = None, **more: Any) -> Record:
     """A best record of ``site`` with its default knobs, unless ``more`` says otherwise."""
     target = target or resolve()
     knobs = dataclasses.asdict(site.default(target))
@@ -60,7 +78,7 @@ def record(site: ConvSite | FcSite, target: CpuTarget | None = None, **more: Any
     return Record(**(values | more))
 
 
-def model(size: int = 14, channels: int = 64, density: float = 0.06) -> Any:
+def model(size: int = 14, channels: int = 64, density: float = 0.06, batch: int = 1) -> Any:
     """Two sparse 3x3 convolutions as onnx.ModelProto."""
     rng = np.random.default_rng(1)
     shape = (channels, channels, 3, 3)
@@ -76,8 +94,8 @@ def model(size: int = 14, channels: int = 64, density: float = 0.06) -> Any:
             helper.make_node("Conv", ["z", "w2"], ["out"], name="second", **pads),
         ],
         "two",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, (1, channels, size, size))],
-        [helper.make_tensor_value_info("out", TensorProto.FLOAT, (1, channels, size, size))],
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, (batch, channels, size, size))],
+        [helper.make_tensor_value_info("out", TensorProto.FLOAT, (batch, channels, size, size))],
         [numpy_helper.from_array(a, name) for name, a in tensors.items()],
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)

@@ -19,6 +19,8 @@ from skimtvm.errors import InvalidOption, OutputExists
 from skimtvm.formats.stats import SparsityStats
 from skimtvm.kernels import Kernel, applicable
 from skimtvm.prune.guide import Guide, Machine
+from skimtvm.schedules.sites import version
+from skimtvm.target import TARGETS
 from skimtvm.tune.calibrate import DENSITIES, FULL, QUICK, Kept, cases, site
 from skimtvm.workload import ConvWorkload, DenseWorkload, WinogradWorkload
 
@@ -233,6 +235,8 @@ def test_shipped_tables_load() -> None:
     for path in SHIPPED.glob("*/calibration.json"):
         t = Calibration.load(path)
         assert t.cpu == path.parent.name and t.kernels
+        stale = {name for name, v in t.kernels.items() if v != version(name, TARGETS[t.cpu])}
+        assert not stale, "the code of these kernels has changed: run skimtvm calibrate again"
         assert all(t.knows(k, BETWEEN, 16) for k in applicable(BETWEEN)), "of interleaved images, too"
         for shape in (SMALL, BETWEEN, LARGE, FC):
             assert all(t.knows(k, shape) for k in applicable(shape) if k.name != "bsr16" or shape is not FC)

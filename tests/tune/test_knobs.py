@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 import re
 
 import pytest
 import tvm
 
 from skimtvm.schedules import knobs as k
-from skimtvm.schedules.sites import ConvSite, FcSite, version
-from skimtvm.target import TARGETS, CpuTarget
+from skimtvm.schedules.sites import ConvSite, Site, version
+from skimtvm.schedules.winograd import WinogradKnobs
+from skimtvm.target import TARGETS, CpuTarget, resolve
 from skimtvm.tune.lookup import knobs_from
+from skimtvm.tune.worker import Bench, Options
 
-from .samples import conv_site, fc_site
+from .samples import conv_site, fc_site, winograd_site
 
 CPUS = ("znver4", "haswell")
 SITES = {
@@ -24,6 +27,10 @@ SITES = {
     "one-channel": conv_site(c=1, size=3, k=1),
     "across": conv_site(c=64, size=14, k=96, kernel="dense", density=1.0),
     "fc": fc_site(),
+    "winograd": winograd_site(size=30),
+    "winograd-dense": winograd_site(kernel="dense", size=30),
+    "winograd-batch": winograd_site(images=16, size=30, k=70),
+    "winograd-dense-batch": winograd_site(kernel="dense", images=8, m=2),
 }
 
 
@@ -61,6 +68,36 @@ def test_conv_spaces_are_legal(name: str, cpu: str) -> None:
         assert x.vectors == -(-total // -(-total // x.vectors)), "a lower tile would give as many tiles"
 
 
+@pytest.mark.parametrize("cpu", CPUS)
+@pytest.mark.parametrize("name", [n for n in SITES if n.startswith("winograd")])
+def test_winograd_spaces_are_legal(name: str, cpu: str) -> None:
+    site, target = SITES[name], TARGETS[cpu]
+    if site.workload.n > target.lanes:  # type: ignore[union-attr]
+        return
+    found = list(site.space(target))
+    assert len(found) > 5 and (site.kernel == "dense" or len({x.together for x in found}) > 1)
+    for x in found[1:]:
+        assert isinstance(x, WinogradKnobs) and x.dense == (site.kernel == "dense")
+        assert x.rows * x.together * x.unroll < target.registers and x.together * x.unroll * x.lanes * 4 < 1024
+        assert x.vectors % x.together == 0 and x.channel_block % x.rows == 0 and x.lanes % (x.segment) == 0
+    for x in (found[0], found[-1]):
+        assert knobs_from(site, dataclasses.asdict(x), target) == x
+    far = dataclasses.asdict(found[-1])
+    for change in ({"vectors": 1000}, {"rows": 31}, {"lanes": 4}, {"unroll": 3}, {"wings": 1}):
+        assert knobs_from(site, far | change, target) is None
+
+
+@pytest.mark.parametrize("name", ["winograd", "winograd-dense", "winograd-batch"])
+def test_winograd_candidates_compute_the_same(name: str) -> None:
+    site, target = SITES[name], resolve()
+    if site.workload.n > target.lanes:  # type: ignore[union-attr]
+        pytest.skip("no vector of so many images on this machine")
+    found = list(site.space(target))
+    picked = [found[0], *random.Random(0).sample(found[1:], 2)]
+    bench = Bench(site, target, 1, Options())
+    assert [bench.build(i, x) for i, x in enumerate(picked)] == [""] * 3
+
+
 def test_channels_in_the_lanes_stay_in_registers() -> None:
     site, target = SITES["across"], TARGETS["znver4"]
     found = list(site.space(target))
@@ -81,7 +118,7 @@ def test_known_spills_are_out() -> None:
     assert not k.fits(4, 4, 8, ymm) and k.fits(3, 4, 8, ymm) and not k.fits(1, 1, 16, ymm) and not k.fits(1, 1, 12, zmm)
 
 
-def _spills(site: ConvSite | FcSite, knobs: k.Knobs | k.FcKnobs, target: CpuTarget) -> int:
+def _spills(site: Site, knobs: k.Knobs | k.FcKnobs, target: CpuTarget) -> int:
     """Vector registers that are stored to the stack in loops that multiply."""
     func = site.build(knobs, target).emit().with_attr("global_symbol", "main")
     asm = tvm.compile(func, target=target.tvm()).mod.inspect_source("asm")

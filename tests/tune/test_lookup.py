@@ -10,13 +10,15 @@ import pytest
 
 from skimtvm.compiler import CompileOptions, compile_model
 from skimtvm.errors import InvalidOption
-from skimtvm.target import resolve
+from skimtvm.schedules.sites import version
+from skimtvm.target import TARGETS, resolve
 from skimtvm.tune import log
 from skimtvm.tune.log import Log, append
 from skimtvm.tune.lookup import Lookup
 from skimtvm.tune.tasks import extract
+from skimtvm.workload import WinogradWorkload
 
-from .samples import conv_site, model, record
+from .samples import conv_site, model, record, winograd_site
 
 SITE = conv_site(c=40, size=20)
 TARGET = resolve()
@@ -131,3 +133,31 @@ def test_the_shipped_log_is_in_order() -> None:
     assert not shipped.damage
     assert all(r.kind == "best" and r.gain >= 1.0 for r in shipped.records)
     assert len(shipped.best()) == len(shipped.records)
+    stale = {r.kernel for r in shipped.records if r.version != version(r.kernel, TARGETS[r.cpu])}
+    assert not stale, "the code of these kernels has changed: tune again, or remove their records (skimtvm log prune)"
+
+
+@pytest.mark.parametrize("images", [1, TARGET.lanes])
+def test_winograd_layers_take_their_records(images: int, tmp_path: Path) -> None:
+    site = winograd_site(images=images, size=30)
+    wanted = list(site.space(TARGET))[-1]
+    append(tmp_path, record(site, knobs=dataclasses.asdict(wanted)))
+    native = WinogradWorkload(**dataclasses.asdict(site.workload), m=4)
+    append(tmp_path, record(dataclasses.replace(site, workload=native), knobs=dataclasses.asdict(wanted)))
+    assert not Log.read(tmp_path).damage
+    assert look(tmp_path, site) == look(tmp_path, dataclasses.replace(site, workload=native))
+    assert look(tmp_path, site)[0] == wanted
+    assert look(tmp_path, dataclasses.replace(site, m=2, weight=site.weight[:, :, :4, :4]))[1] == ""
+
+
+def test_a_network_takes_a_winograd_record(tmp_path: Path) -> None:
+    source, force = model(), (("first", "winograd4"),)
+    (task,) = [t for t in extract(source, CompileOptions(force=force), dense=True) if t.layers == ("first",)]
+    assert task.site.name == "dense_winograd4"
+    default = task.site.default(TARGET)
+    wanted = next(k for k in task.site.space(TARGET) if k.rows != default.rows)
+    append(tmp_path, record(task.site, knobs=dataclasses.asdict(wanted)))
+    layers = {
+        la.name: la for la in compile_model(source, CompileOptions(log=str(tmp_path), force=force)).manifest.layers
+    }
+    assert f"_{wanted.rows}x" in layers["first"].kernel and layers["first"].knobs.startswith("tuned: 2.00x")
