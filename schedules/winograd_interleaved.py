@@ -104,8 +104,8 @@ class InterleavedBody(Body):
         turns: int,
         groups: int,
     ) -> list[Ahead]:
-        """What turn ``turn`` of ``turns`` fetches of ``channels`` of the rows x columns pixels from ``at``: some pixels, or a
-        part of one."""
+        """What turn ``turn`` of ``turns`` fetches of ``channels`` of the rows x columns pixels from ``at``: some pixels, or
+        a part of one."""
         pixels, found = math.prod(shape), []
         each, parts = -(-pixels // turns), max(1, turns // pixels)
         piece = -(-channels // parts)
