@@ -9,6 +9,9 @@ Rows that nobody will read again need no memory. A tensor that only such layers 
 rows (``layout.Layout.window``), so that the same lines of the cache are written over and over and never leave for memory:
 a *ring* of bands where readers want one row for a row, and otherwise rows that slide to the front of the buffer when its
 end is reached, so that the rows of a k x k window stay together.
+
+Layers take turns in groups whose windows fit the cache together. What passes from one group to the next and does not fit is
+stored past the caches (``layout.Layout.streamed``). ResNet-50 at batch 16: 160 ms in place of 168 with 4x1 blocks at 90%.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from .nodes import Node, nchw
 
 BANDED = frozenset(("conv2d", "pointwise", "pool"))  # kinds whose kernels compute a band of rows
 BAND = 1.0  # of the second-level cache: a row or more of the largest tensor among those of one size
-GROUP = 12.0  # the same, for the windows of layers that take turns: what a core may expect to keep of the last level
+GROUP = 8.0  # the same: what a core may expect to keep of the last level, such as windows of layers that take turns
 WINDOW_BANDS = 3  # that a window holds, about
 SLIDE = 2  # bands that a sliding window has room for, besides the rows that live on
 
@@ -72,7 +75,7 @@ def taps(n: Node, source: int) -> Taps:
 
 class BandOrder:
     """``order``: steps of the banded ones among ``nodes``, and the others whole, each after what it reads; ``windows``: rows
-    of the buffer of each value that is a window.
+    of the buffer of each value that is a window; ``streamed``: values that will have left the caches when they are read.
 
     ``images`` share a vector; ``cache``: bytes of the second level; ``reads(n)``: all that a node reads; ``whole``: values
     that must be complete at the end and in ordinary buffers, such as results; ``least``: rows that a value's kernel computes
@@ -103,6 +106,7 @@ class BandOrder:
         self.order: list[Step | Node] = []
         self._turns: dict[Any, int] = {}  # of each value: its group
         outside = {leaf: True for leaf in whole}
+        late: dict[Any, bool] = {}  # read by other groups alone
         for turn, group in enumerate(self._groups(nodes)):
             for n in group:
                 self._turns[n.var] = turn
@@ -114,6 +118,8 @@ class BandOrder:
             for n in reversed(group):
                 self.order += self._complete(n.var)
             inside = {n.var: True for n in group}
+            read = {leaf: True for n in group for leaf in reads(n)}
+            late |= {n.var: True for n in group if n.var in self.nodes and n.var not in read}
             for n in self.nodes.values():
                 if n.var not in inside:
                     outside |= {source: True for source in n.inputs if source in inside}
@@ -127,6 +133,7 @@ class BandOrder:
         for var, steps in touching.items():
             if var not in outside:
                 self._plan_window(var, steps)
+        self.streamed = {v for v in late if v not in self.windows and 4 * math.prod(nchw(v)) > GROUP * cache}
 
     def together(self, source: Any, reader: Any) -> bool:
         """Whether both are computed band by band, in turns, so that ``reader`` finds ``source`` in cache."""

@@ -61,7 +61,8 @@ class LowerLayers:
             reads = lambda n: [*n.inputs, *n.args, *tensor_leaves(graph.defs[n.var])]
             least = {n.var: self._least_rows(n) for n in nodes}
             bands = BandOrder(nodes, self.interleave, self.target.l2_bytes, reads, tensor_leaves(graph.result), least)
-        self.plan = Plan(nodes, list(graph.func.params), self.interleave, bands.windows if bands else None)
+        places = (bands.windows, bands.streamed) if bands else ()
+        self.plan = Plan(nodes, list(graph.func.params), self.interleave, *places)
         lowering = _Lowering(self.knobs, bands, graph, nodes, self.plan, self.target, self.choices)
         out = lowering.run()
         self.calls = lowering.calls

@@ -12,7 +12,7 @@ their producers can.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,10 +78,16 @@ class Plan:
     """Places of all flat values; ``place(key)`` is None for opaque values that nothing reads in flat form."""
 
     def __init__(
-        self, nodes: list[Node], params: list[Any], interleave: int = 1, windows: Mapping[Key, int] | None = None
+        self,
+        nodes: list[Node],
+        params: list[Any],
+        interleave: int = 1,
+        windows: Mapping[Key, int] | None = None,
+        streamed: Collection[Key] = (),
     ) -> None:
-        """``windows``: rows of the buffers of values that keep only some of theirs, in interleaved layouts."""
-        self.interleave, self.windows = interleave, windows or {}
+        """``windows``: rows of the buffers of values that keep only some of theirs, in interleaved layouts; ``streamed``:
+        values that are read when they have left the caches."""
+        self.interleave, self.windows, self.streamed = interleave, windows or {}, streamed
         self.nodes = {n.var: n for n in nodes}
         self.params = params
         self.spaces = _Union()
@@ -190,7 +196,9 @@ class Plan:
         for root in dict.fromkeys(r for r, _ in owners.values()):
             space_key = self.spaces.find(root)
             if space_key in self.plane_spaces and self.interleave > 1:
-                roots[root] = interleaved(*self.shapes[root], halos[root], self.interleave, self.windows.get(root, 0))
+                whole = interleaved(*self.shapes[root], halos[root], self.interleave)
+                window, streamed = self.windows.get(root, 0), root in self.streamed
+                roots[root] = dataclasses.replace(whole, window=window, streamed=streamed)
             elif space_key in self.plane_spaces:
                 roots[root] = plane(*self.shapes[root], spaces[space_key], halos[root])
             else:

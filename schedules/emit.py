@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as B
 
-from ..layout import Layout, round_up
+from ..layout import LINE, Layout, round_up
 from ..target import CpuTarget
 
 Expr = Any
@@ -49,6 +50,43 @@ def fetch(buffer: Expr, at: Expr, *, l1: bool = True) -> None:
     """Prefetch the cache line of ``buffer[at]`` into L1 or L2; any address is allowed, also behind the end."""
     flags = (B.int32(0), B.int32(3 if l1 else 2), B.int32(1))  # for reading, how near, data
     B.evaluate(B.call_llvm_intrin("void", "llvm.prefetch", B.address_of(buffer[at]), *flags))
+
+
+# TVM has no name for stores that leave the caches alone; LLVM inlines this function as one.
+STREAM = """
+define linkonce_odr void @skimtvm_stream(ptr %to, <16 x float> %value) alwaysinline nounwind {
+  store <16 x float> %value, ptr %to, align 64, !nontemporal !0
+  ret void
+}
+!0 = !{i32 1}
+"""
+
+
+def streams(layout: Layout) -> bool:
+    """Whether stores to ``layout`` go past the caches: they must be whole aligned lines, which only the vectors of 16
+    interleaved images are."""
+    return layout.streamed and layout.interleave == LINE
+
+
+@contextmanager
+def parallel(extent: Expr, layout: Layout) -> Iterator[Expr]:
+    """A parallel loop in which ``write`` stores to ``layout``; what an iteration streams, other threads see when it ends."""
+    if not streams(layout):
+        with B.parallel(0, extent) as i:
+            yield i
+        return
+    with B.attr(B.int32(0), "pragma_import_llvm", STREAM), B.parallel(0, extent) as i:
+        yield i
+        B.evaluate(B.call_llvm_intrin("void", "llvm.x86.sse.sfence"))
+
+
+def write(buffer: Expr, value: Expr, at: Expr, layout: Layout, lanes: int) -> None:
+    """Store ``lanes`` floats to ``layout``, past the caches if it ``streams``: the line is not read into them first, as it
+    is for ordinary stores, which halves the traffic."""
+    if streams(layout):
+        B.evaluate(B.call_extern("void", "skimtvm_stream", B.address_of(buffer[at]), value))
+    else:
+        store(buffer, value, at, lanes)
 
 
 def zeros(buffer: Expr, at: Expr, count: int, lanes: int) -> None:

@@ -33,6 +33,7 @@ which allows 0.55-0.67 of the peak, and the tile of a 1x1 with many channels com
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,7 +45,7 @@ from tvm.script.ir_builder import tirx as B
 
 from ..layout import LINE, Layout
 from .aligned import Copies
-from .emit import broadcast, fetch, finish, kernel_attrs, loop, store, vector, zeros
+from .emit import broadcast, fetch, finish, kernel_attrs, loop, parallel, store, vector, write, zeros
 from .interleaved import Band
 from .pointwise import Program, Slot, split_bias
 
@@ -113,6 +114,12 @@ class Gemm:
     @property
     def interleaved(self) -> bool:
         return self.dst.layout.interleave > 1
+
+    @property
+    def stored(self) -> Layout:
+        """The output's, not streamed where partial sums bring its lines into the caches anyway."""
+        lay = self.dst.layout
+        return dataclasses.replace(lay, streamed=lay.streamed and all(r.blocks == 1 for r in self.runs))
 
     @property
     def by_row(self) -> bool:
@@ -251,7 +258,7 @@ class Body:
         if self.band is not None:
             self.band.start(self.out)
             rows = self.band.rows
-        with B.parallel(0, rows * total * chunks) as i:
+        with parallel(rows * total * chunks, self.gemm.stored) as i:
             chunk = B.bind(i % chunks)
             row = B.bind(self.band.first + i // (chunks * total)) if self.band is not None else 0
             tile = B.bind(i // chunks % total if self.gemm.interleaved else i // chunks)
@@ -377,7 +384,7 @@ class Body:
                     value = B.Select(
                         self.mask[index] != B.Broadcast(B.int32(0), lanes), value, broadcast(B.float32(0), lanes)
                     )
-                store(self.out, value, outs[i][v], lanes)
+                write(self.out, value, outs[i][v], self.gemm.stored, lanes)
         if self.mask is not None:
             self._zero_edges(row, rows, edges, total)
 

@@ -18,7 +18,7 @@ from tvm.script.ir_builder import tirx as B
 from ..errors import InternalError
 from ..layout import Layout
 from ..workload import PoolWorkload
-from .emit import Expr, broadcast, fetch, finish, kernel_attrs, store, transpose, vector
+from .emit import Expr, broadcast, fetch, finish, kernel_attrs, parallel, store, transpose, vector, write
 from .pointwise import Program, Slot
 
 
@@ -56,7 +56,7 @@ class Band:
     def parallel(self) -> Iterator[tuple[Expr, Expr]]:
         """A parallel loop over (vector of images, row)."""
         height = self.slot.layout.h
-        with B.parallel(0, self.rows) as i:
+        with parallel(self.rows, self.slot.layout) as i:
             row = B.bind(self.first + i)
             yield B.bind(B.floordiv(row, height)), B.bind(B.floormod(row, height))
 
@@ -226,7 +226,7 @@ def emit_pointwise(program: Program, tensors: tuple[Slot, ...], dst: Slot) -> An
                 for j, (slot, buffer) in enumerate(zip(tensors, ts, strict=True))
             }
             operands |= {f"c{j}": broadcast(b[c], lanes) for j, b in enumerate(cs)}
-            store(out, program.evaluate(operands, lanes), dst.at(c, n, y, x) + band.shift(-1), lanes)
+            write(out, program.evaluate(operands, lanes), dst.at(c, n, y, x) + band.shift(-1), lay, lanes)
 
     return _kernel(args, body, banded=(*tensors, dst))
 
@@ -299,7 +299,7 @@ def emit_pool(workload: PoolWorkload, src: Slot, dst: Slot) -> Any:
                         value = value if inside is None else B.Select(inside, value, nothing)
                         total = value if total is None else B.max(total, value) if largest else total + value
                     mean = total if largest else total * broadcast(scale, lanes)
-                    store(out, mean, dst.at(first + c, n, y, x) + band.shift(-1), lanes)
+                    write(out, mean, dst.at(first + c, n, y, x) + band.shift(-1), dst.layout, lanes)
 
     return _kernel((("src", src.size), ("dst", dst.size)), body, banded=(src, dst))
 

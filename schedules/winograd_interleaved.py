@@ -21,7 +21,7 @@ from typing import Any
 from tvm.script.ir_builder import tirx as B
 
 from ..layout import LINE, Layout
-from .emit import broadcast, loop, store, vector
+from .emit import broadcast, loop, parallel, store, streams, vector, write
 from .interleaved import Band
 from .pointwise import Slot
 from .winograd import Ahead, Body
@@ -63,7 +63,7 @@ class InterleavedBody(Body):
                 tile = B.bind(start + B.min(v, count - 1))
                 self._tile_input(tile, v, phase, low, B.bind(B.min(channels - low, piece)))
             self.start, self.following = start, B.bind(B.min(start + knobs.vectors, first + total - 1))
-            with B.parallel(0, gemm.groups * gemm.channel_blocks) as b:
+            with parallel(gemm.groups * gemm.channel_blocks, lay) as b:
                 part = B.bind(gemm.positions * gemm.position_pitch + b * gemm.product_size)
                 with loop(gemm.positions) as p:
                     self._product(b, p, part, steps)
@@ -86,12 +86,15 @@ class InterleavedBody(Body):
         turns = gemm.positions * gemm.groups * gemm.channel_blocks
         channels = gemm.groups * gemm.c // (sy * sx)
         shape = gemm.tile * sy, gemm.m * knobs.vectors * sx
-        found = self._share(self.src, new, gemm.src.layout, shape, channels, b * gemm.positions + p, turns, groups)
+        found = self._share(self.src, new, src, shape, channels, b * gemm.positions + p, turns, groups)
+        if streams(dst):
+            return found
         n, y, x = self._at(self.start)
         own = B.bind(gemm.dst.base + self.band.shift(-1) + n * dst.n_pitch + y * dst.row_pitch + x * dst.x_pitch)
         shape = gemm.m, gemm.m * knobs.vectors
         k = self._first(b) * self.lanes
-        return found + self._share(self.out, own + k, dst, shape, knobs.channel_block, p, gemm.positions, groups)
+        found += self._share(self.out, own + k, dst, shape, knobs.channel_block, p, gemm.positions, groups)
+        return found
 
     def _share(
         self,
@@ -228,4 +231,4 @@ class InterleavedBody(Body):
                     spots = [rows[r] + cols[q] + k * lanes for rows, cols in places]
                     for j, (_, buffer) in enumerate(self.tensors):
                         operands[f"t{j + 1}"] = vector(buffer, spots[j], lanes)
-                    store(self.out, gemm.epilogue.evaluate(operands, lanes), spots[-1], lanes)
+                    write(self.out, gemm.epilogue.evaluate(operands, lanes), spots[-1], gemm.dst.layout, lanes)

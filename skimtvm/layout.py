@@ -56,6 +56,7 @@ class Layout:
     x_pitch: int = 1
     interleave: int = 1  # L
     window: int = 0  # rows of pixels that the buffer holds at a time (0: all), in interleaved layouts
+    streamed: bool = False  # nobody reads it while it is in cache: producers may write past the caches
 
     @property
     def size(self) -> int:

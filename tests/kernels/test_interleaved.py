@@ -41,27 +41,43 @@ WORKLOADS = {
 }
 
 
-def slot(n: int, c: int, h: int, w: int, halo: Halo = NONE, lanes: int = 16) -> Slot:
-    layout = interleaved(n, c, h, w, halo, lanes)
+def slot(n: int, c: int, h: int, w: int, halo: Halo = NONE, lanes: int = 16, *, streamed: bool = False) -> Slot:
+    layout = dataclasses.replace(interleaved(n, c, h, w, halo, lanes), streamed=streamed)
     return Slot(layout, layout.size)
 
 
+def streams(func: Any, target: Any = TARGET) -> bool:
+    """Whether a kernel stores past the caches; it then has a fence, too."""
+    asm = compile_kernel(func, target).mod.inspect_source("asm")
+    assert ("vmovntps" in asm) == ("sfence" in asm)
+    return "vmovntps" in asm
+
+
 def check(
-    wl: ConvWorkload, fmt: str, target: Any, *, residual: bool = False, out_halo: Halo = PADDED, **knobs: int
-) -> None:
+    wl: ConvWorkload,
+    fmt: str,
+    target: Any,
+    *,
+    residual: bool = False,
+    out_halo: Halo = PADDED,
+    streamed: bool = False,
+    **knobs: int,
+) -> Any:
     density, rows, dense = FORMATS[fmt]
     rng = np.random.default_rng(7)
     x = rng.standard_normal((wl.n, wl.c, wl.h, wl.w)).astype(np.float32)
     w, bias = weights(rng, wl, density, rows), rng.standard_normal(wl.k).astype(np.float32)
     res = rng.standard_normal(wl.out_shape).astype(np.float32)
     src = slot(wl.n, wl.c, wl.h, wl.w, conv.halo(wl, interleaved=True), target.lanes)
-    dst, side = slot(*wl.out_shape, out_halo, target.lanes), slot(*wl.out_shape, Halo(0, 2, 0, 0), target.lanes)
+    dst = slot(*wl.out_shape, out_halo, target.lanes, streamed=streamed)
+    side = slot(*wl.out_shape, Halo(0, 2, 0, 0), target.lanes)
     chosen = dataclasses.replace(conv.default_knobs(wl, rows, dense, src, dst, target, density), **knobs)
     program = BIAS_ADD_RELU if residual else Program((Instr("add", ("t0", "c0")),), 1, 1)
     kernel = conv.build(wl, w, src, dst, chosen, epilogue=program, tensors=(side,) if residual else ())
     inputs = [pack(x, src.layout, fill=0.0), *kernel.constants, bias]
     inputs += [pack(res, side.layout, fill=7e5)] if residual else []
-    got = run_kernel(gather_gemm.emit(kernel.gemm), inputs, dst.size, target)
+    func = gather_gemm.emit(kernel.gemm)
+    got = run_kernel(func, inputs, dst.size, target)
     want = conv_reference(wl, x, w) + bias[:, None, None]
     scale = conv_reference(wl, np.abs(x), np.abs(w)) + np.abs(bias)[:, None, None] + residual * np.abs(res)
     if residual:
@@ -69,6 +85,7 @@ def check(
     error = np.abs(got[addresses(dst.layout)] - want)
     assert (error <= gamma(wl.row_length) * scale + 1e-30).all(), f"largest error {error.max():.2e}"
     check_output(got, got[addresses(dst.layout)], dst.layout)
+    return func
 
 
 @pytest.mark.parametrize("name", WORKLOADS)
@@ -93,6 +110,18 @@ def test_half_the_images_on_avx2() -> None:
 def test_blocks_of_channels_in_several_chunks() -> None:
     check(WORKLOADS["channel-blocks"], "csr", TARGET, channel_block=17, chunks=3, vectors=4)
     check(WORKLOADS["channel-blocks"], "csr-empty", TARGET)
+
+
+@pytest.mark.parametrize("fmt", ["dense", "csr", "bsr4"])
+def test_tensors_that_leave_the_caches_are_stored_past_them(fmt: str) -> None:
+    wl = W(16, 8, 9, 8, 3, p=1)
+    assert streams(check(wl, fmt, TARGET, residual=True, streamed=True))
+    assert not streams(check(wl, fmt, TARGET, residual=True))
+
+
+def test_no_stores_past_the_caches_of_partial_sums_or_half_lines() -> None:
+    assert not streams(check(WORKLOADS["channel-blocks"], "csr", TARGET, streamed=True, channel_block=40))
+    assert not streams(check(W(8, 5, 9, 7, 3, p=1), "csr", AVX2, streamed=True), AVX2)
 
 
 def test_planes_and_interleaved_layouts_do_not_mix() -> None:
@@ -124,14 +153,17 @@ def test_copy_of_chosen_channels_into_a_slice() -> None:
     check_output(got, x[:, list(channels)], dst.layout, channel=2)
 
 
-def test_element_wise_program() -> None:
+@pytest.mark.parametrize("streamed", [False, True])
+def test_element_wise_program(streamed: bool) -> None:
     rng = np.random.default_rng(2)
     x, y = rng.standard_normal((2, 16, 7, 5, 6)).astype(np.float32)
     c = rng.standard_normal(7).astype(np.float32)
     program = Program((Instr("add", ("t0", "t1")), Instr("multiply", ("v0", "c0")), Instr("nn.relu", ("v1",))), 2, 1)
-    a, b, dst = slot(*x.shape, PADDED), slot(*x.shape), slot(*x.shape, Halo(1, 0, 0, 2))
+    a, b, dst = slot(*x.shape, PADDED), slot(*x.shape), slot(*x.shape, Halo(1, 0, 0, 2), streamed=streamed)
     inputs = [pack(x, a.layout), pack(y, b.layout), c, kernels.whole_band([dst])]
-    got = run_kernel(kernels.emit_pointwise(program, (a, b), dst), inputs, dst.size, TARGET)
+    func = kernels.emit_pointwise(program, (a, b), dst)
+    assert streams(func) == streamed
+    got = run_kernel(func, inputs, dst.size, TARGET)
     check_output(got, np.maximum((x + y) * c[:, None, None], 0), dst.layout)
 
 
@@ -175,6 +207,16 @@ def test_pool(case: str, kind: str) -> None:
     inputs = [pack(x, src.layout, fill=np.nan), kernels.whole_band([src, dst])]
     got = run_kernel(moves.emit_pool(wl, src, dst, TARGET), inputs, dst.size, TARGET)
     check_output(got, pool_reference(x, wl, out), dst.layout, rtol=2e-5, atol=1e-6)
+
+
+def test_pool_past_the_caches() -> None:
+    x = np.random.default_rng(1).standard_normal((16, 5, 9, 8)).astype(np.float32)
+    wl = PoolWorkload("max", (3, 3), (2, 2), (1, 1, 1, 1))
+    src, dst = slot(*x.shape), slot(16, 5, 5, 4, PADDED, streamed=True)
+    func = moves.emit_pool(wl, src, dst, TARGET)
+    assert streams(func)
+    got = run_kernel(func, [pack(x, src.layout), kernels.whole_band([src, dst])], dst.size, TARGET)
+    check_output(got, pool_reference(x, wl, (5, 4)), dst.layout)
 
 
 def test_large_windows_have_no_kernel() -> None:

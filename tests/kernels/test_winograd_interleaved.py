@@ -33,7 +33,13 @@ def built(gemm: WinogradGemm, cpu: str) -> Any:
 
 
 def run(
-    wl: WinogradWorkload, density: float, cpu: str = "znver4", dense: bool = False, bands: Any = None, **knobs: Any
+    wl: WinogradWorkload,
+    density: float,
+    cpu: str = "znver4",
+    dense: bool = False,
+    bands: Any = None,
+    streamed: bool = False,
+    **knobs: Any,
 ) -> np.ndarray:
     """Runs a kernel that writes behind one foreign channel, whole or band by band, and checks it; the output buffer.
 
@@ -48,12 +54,13 @@ def run(
     src = interleaved(wl.n, wl.c, wl.h, wl.w, conv.halo(wl, interleaved=True), target.lanes)
     whole = interleaved(wl.n, wl.k + 1, wl.out_h, wl.out_w, Halo(1, 1, 1, 1), target.lanes)
     side = interleaved(*wl.out_shape, Halo(0, 2, 0, 0), target.lanes)
-    dst = dataclasses.replace(whole, c=wl.k)
+    dst = dataclasses.replace(whole, c=wl.k, streamed=streamed)
     slots = Slot(src, src.size), Slot(dst, whole.size, 1), Slot(side, side.size)
     images = target.lanes
     chosen = dataclasses.replace(wino.default_knobs(wl, wl.m, dense, target, density, images=images), **knobs)
     kernel = wino.build(wl, u, *slots[:2], wl.m, chosen, epilogue=BIAS_ADD_RELU, tensors=slots[2:])
     executable = built(kernel.gemm, cpu)
+    assert ("vmovntps" in executable.mod.inspect_source("asm")) == (streamed and target.lanes == 16)
     flat = np.full(src.size, np.nan, np.float32)  # NaN wherever no producer promises a value
     for c in range(src.c if src.zero_halo else 0):
         flat.reshape(-1, target.lanes)[c :: src.x_pitch // target.lanes] = 0
@@ -84,6 +91,11 @@ def test_sizes_and_batches(size: int, batch: int) -> None:
 def test_densities(density: float) -> None:
     """One kernel, whatever the density."""
     run(W(16, 40, 7, 24), density)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_past_the_caches(dense: bool) -> None:
+    np.testing.assert_array_equal(*(run(W(16, 5, 9, 9), 0.3, dense=dense, streamed=s) for s in (False, True)))
 
 
 VARIANTS = {
