@@ -127,11 +127,11 @@ class PlacedSite(Site):
 
     @property
     def layout(self) -> str:
-        """Pitches, gaps, residuals, and rows of a band."""
+        """Pitches, gaps, residuals, rows of a band, and whether the output goes past the caches."""
         s, d = self.src.layout, self.dst.layout
         parts = [d.interleave, s.row_pitch, s.c_pitch, d.c_pitch, d.positions, int(d.zero_halo), len(self.tensors)]
         rows = max((call.band[1] for call in self.bands if call.band), default=0)
-        return "/".join(map(str, [*parts, *([f"rows{rows}"] if rows else [])]))
+        return "/".join(map(str, [*parts, *([f"rows{rows}"] if rows else []), *(["streamed"] if d.streamed else [])]))
 
     @property
     def rows_first(self) -> F32:
