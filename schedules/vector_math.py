@@ -187,12 +187,16 @@ def sqrt(x: Expr) -> Expr:
 def rsqrt(x: Expr) -> Expr:
     """1 / sqrt(x) of a float32x16 of positive normal numbers, to 2 units in the last place: AVX-512's estimate of 14 bits
     and a step of Newton's method, in place of a square root and a division."""
-    name, every = "llvm.x86.avx512.rsqrt14.ps.512", tirx.const(-1, "int16")
 
     def refined(v: Expr, r: Expr) -> Expr:
         return r * (_const(1.5, v) - _const(0.5, v) * v * r * r)
 
-    return _let(x, lambda v: _let(tirx.call_llvm_intrin("float32x16", name, v, v, every), lambda r: refined(v, r)))
+    return _let(x, lambda v: _let(rsqrt14(v), lambda r: refined(v, r)))
+
+
+def rsqrt14(x: Expr) -> Expr:
+    """1 / sqrt(x) of a float32x16 of positive normal numbers, with a relative error of at most 2**-14."""
+    return tirx.call_llvm_intrin("float32x16", "llvm.x86.avx512.rsqrt14.ps.512", x, x, tirx.const(-1, "int16"))
 
 
 def power(x: Expr, y: Expr | float) -> Expr:

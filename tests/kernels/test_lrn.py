@@ -69,6 +69,17 @@ def test_lrn_of_numbers_whose_squares_overflow(lanes):
     assert alone[0, 6:11, 2, 5].all() and alone.sum() == 5
 
 
+@by_lanes
+@pytest.mark.parametrize("beta", [0.5, 0.75])
+@pytest.mark.parametrize(("size", "bias"), [(1e-12, 1e-24), (1e-3, 1e-24), (1e14, 1.0), (1e18, 1e-29)])
+def test_lrn_of_any_magnitude(lanes, beta, size, bias):
+    """No power on the way to the result leaves the range of normal numbers."""
+    x = (size * np.random.default_rng(2).standard_normal((1, 23, 2, 19))).astype(np.float32)
+    lay, wl = natural(*x.shape), LRNWorkload(5, 1.0, beta, bias)
+    func = emit_lrn(wl, lay, lay, src_size=lay.size, dst_size=lay.size, target=LANES[lanes])
+    check_output(run_kernel(func, [x.ravel()], lay.size, LANES[lanes]), lrn_reference(x, wl), lay, rtol=2e-6)
+
+
 def test_lrn_needs_no_division_and_no_square_root():
     lay = natural(1, 96, 27, 27)
     func = emit_lrn(LRNWorkload(5), lay, lay, src_size=lay.size, dst_size=lay.size, target=LANES[16])
