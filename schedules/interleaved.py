@@ -146,9 +146,9 @@ def _kernel(slots: Sequence[tuple[str, int]], body: Callable[..., None], banded:
 def emit_copy(src: Slot, dst: Slot, channels: Sequence[int] | None = None) -> Any:
     """Channel i of ``dst`` becomes channel ``channels[i]`` (default: i) of ``src``; one or both are interleaved.
 
-    PrimFunc(src f32[src.size], dst f32[dst.size]). Rows of a plane that hold a vector are interleaved by transposing
-    squares of pixels and images in registers; elsewhere, and on the way back, floats move one by one. Raises InternalError
-    if the tensors differ in shape, or for a plane with a halo.
+    PrimFunc(src f32[src.size], dst f32[dst.size]). Rows of a plane that hold a vector are interleaved, and rows made of
+    interleaved images, by transposing squares of pixels and images in registers; in shorter rows floats move one by one.
+    Raises InternalError if the tensors differ in shape, or for a plane with a halo.
     """
     s, d = src.layout, dst.layout
     lanes = max(s.interleave, d.interleave)
@@ -161,7 +161,7 @@ def emit_copy(src: Slot, dst: Slot, channels: Sequence[int] | None = None) -> An
     # Rows that follow each other on both sides are one.
     joined = all(lay.row_pitch == lay.w * lay.x_pitch for lay in (s, d))
     height, width = (1, d.h * d.w) if joined else (d.h, d.w)
-    square = s.interleave == 1 and width >= lanes
+    square = s.interleave != d.interleave and width >= lanes
 
     def body(source: Expr, out: Expr) -> None:
         if d.zero_halo:
@@ -192,10 +192,16 @@ def _span(slot: Slot, n: Expr, y: Expr, x: Expr, c: Expr, lanes: int) -> Any:
 
 def _square(source: Expr, src: Slot, out: Expr, dst: Slot, at: tuple[Expr, Expr, Expr], c: tuple[Expr, Expr]) -> None:
     """As many pixels of a row as images fit a vector: log2(lanes) rounds of shuffles, each swapping halves of pairs."""
-    (n, y, x), lanes = at, dst.layout.interleave
-    rows = [vector(source, src.at(c[0], n * lanes + i, y, x), lanes) for i in range(lanes)]
-    for i, pixel in enumerate(transpose(rows, lanes, lanes)):
-        store(out, pixel, dst.at(c[1], n, y, x + i), lanes)
+    lanes = max(src.layout.interleave, dst.layout.interleave)
+
+    def line(slot: Slot, c: Expr, i: int) -> Expr:
+        """Address of pixel i of all images, or of all pixels of image i."""
+        n, y, x = at
+        return slot.at(c, n, y, x + i) if slot.layout.interleave > 1 else slot.at(c, n * lanes + i, y, x)
+
+    rows = [vector(source, line(src, c[0], i), lanes) for i in range(lanes)]
+    for i, value in enumerate(transpose(rows, lanes, lanes)):
+        store(out, value, line(dst, c[1], i), lanes)
 
 
 def _runs(channels: Sequence[int]) -> list[tuple[int, int, int]]:
