@@ -142,6 +142,8 @@ class Session:
                 curve.append(best)
             state.trials, state.best = len(scores), best
             self.report(state)
+        if not scores and time.monotonic() >= deadline:  # nothing was compared with the default: no verdict to log
+            return Result(task, default, gain=1.0, median_s=0.0, default_s=0.0, trials=0, failed=0)
         final = self._decide(task, scores, default, new=len(scores) > len(known))
         return Result(
             task, final.knobs, final.gain if final.knobs != default else 1.0, final.median or 0.0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -19,6 +20,7 @@ import pytest
 from skimtvm.errors import InvalidOption
 from skimtvm.schedules.gather_gemm import Knobs
 from skimtvm.schedules.sites import AnyKnobs
+from skimtvm.tune import session as session_module
 from skimtvm.tune.features import NAMES, features
 from skimtvm.tune.log import Log
 from skimtvm.tune.measure import Outcome, Protocol
@@ -193,6 +195,14 @@ def test_the_last_comparison_is_repeated(tmp_path: Path) -> None:
 def test_the_budget_ends_a_session(tmp_path: Path) -> None:
     fake = Fake()
     assert list(session(tmp_path, fake, deadline=-1.0).run([task(WIDE)])) == [] and fake.calls == 0
+
+
+def test_a_task_without_time_for_a_trial_gets_no_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would hide an older winner when logs are merged."""
+    clock = itertools.chain([0.0] * 3, itertools.repeat(2.0))
+    monkeypatch.setattr(session_module.time, "monotonic", lambda: next(clock))
+    (result,) = session(tmp_path, Fake(), deadline=1.0).run([task(WIDE)])
+    assert result.trials == 0 and result.gain == 1.0 and not list(tmp_path.rglob("*.jsonl"))
 
 
 def test_alike_layers_share_a_task() -> None:
