@@ -34,6 +34,9 @@ ACTIVATION_BANDWIDTH = 8e9  # the same for the strided tiles of activations that
 STREAM_BANDWIDTH = 200e9  # for interleaved activations, most of which stay in windows (``bands.py``)
 COPY_BANDWIDTH = 20e9
 INTERLEAVED = {False: 0.88, True: 0.77}  # time of a direct layer against planes: (dense and blocks, CSR)
+# The same of CSR layers of one pixel, and more images than fill a vector: each entry is loaded for one vector of images at
+# a time, in planes for as many as fit the registers (4096x9216 and 4096x4096 at 90% zeros, 256 images: 1.4 and 1.8).
+ONE_PIXEL = 1.6
 PEAK = FLOPS / 0.85
 
 
@@ -87,8 +90,15 @@ def _csr(choice: Choice) -> bool:
 
 
 def _cost(
-    graph: Graph, var: Any, batch: int, choices: Mapping[str, Choice], mixed: Mapping[str, Choice], cache: float
+    graph: Graph,
+    var: Any,
+    batch: int,
+    choices: Mapping[str, Choice],
+    mixed: Mapping[str, Choice],
+    cache: float,
+    images: int,
 ) -> _Cost:
+    """``images``: that share a vector in interleaved layouts."""
     moved = _size(var) + sum(_size(leaf) for leaf in tensor_leaves(graph.defs[var]))
     outside = moved * batch > cache
     planes, interleaved = moved / ACTIVATION_BANDWIDTH * outside, moved / STREAM_BANDWIDTH * outside
@@ -102,9 +112,13 @@ def _cost(
     assert layer.weight is not None and layer.workload is not None
     choice, other = choices[layer.name], mixed[layer.name]
     seconds = _seconds(choice, layer.workload.macs)
-    shared = _seconds(other, layer.workload.macs) * (1 if other.winograd else INTERLEAVED[_csr(other)])
+    conv = isinstance(layer.workload, ConvWorkload)
+    against = 1.0 if other.winograd else INTERLEAVED[_csr(other)]
+    if _csr(other) and batch > images and (not conv or layer.workload.out_h * layer.workload.out_w == 1):
+        against = ONE_PIXEL
+    shared = _seconds(other, layer.workload.macs) * against
     lanes = 1.0
-    if isinstance(layer.workload, ConvWorkload):
+    if conv:
         positions = layer.workload.out_h * (layer.workload.out_w + 1)
         lanes = layer.workload.out_h * layer.workload.out_w / round_up(positions, 16)
     # Weights arrive while others are multiplied: a layer takes the longer of the two.
@@ -138,7 +152,7 @@ def find_cut(
     }
     params_until = max([position[u] for p in single.func.params for u in single.users.get(p, {})], default=0)
     cache = 4.0 * target.l2_bytes  # what a core may expect to keep of the last level
-    costs = [_cost(single, var, batch, choices, mixed, cache) for var in order]
+    costs = [_cost(single, var, batch, choices, mixed, cache, target.lanes) for var in order]
     nodes = classify(batched, FEW_ROWS)
     whole = least = sum(c.planes for c in costs)
     best = Cut(0, 1, "the whole batch at once")
