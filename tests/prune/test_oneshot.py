@@ -50,17 +50,17 @@ def test_global_threshold_is_one_for_all():
 @pytest.mark.parametrize(
     ("keep", "kept"),
     [
-        (["first"], {"conv1"}),
-        (["last"], {"conv3"}),
-        (["1x1"], {"conv3"}),
-        (["conv*"], {"conv1", "conv2", "conv3"}),
-        (["conv"], {"conv1", "conv2"}),
+        (["first"], ["conv1"]),
+        (["last"], ["conv3"]),
+        (["1x1"], ["conv3"]),
+        (["conv*"], ["conv1", "conv2", "conv3"]),
+        (["conv"], ["conv1", "conv2"]),
     ],
     ids=str,
 )
 def test_keep(keep, kept):
     _, report = oneshot.prune_model(make(*chain()), sparsity=0.9, keep=keep, remove_dead=False)
-    assert {x.name for x in report.layers if x.nnz[0] == x.nnz[1]} == kept
+    assert sorted(x.name for x in report.layers if x.nnz[0] == x.nnz[1]) == kept
     assert all(x.note.startswith("kept") for x in report.layers if x.name in kept)
 
 
