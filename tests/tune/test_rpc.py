@@ -90,7 +90,7 @@ def test_two_servers_and_one_that_dies(pool: Pool) -> None:
         # Long trials, so that one is under way when its server dies.
         killer = threading.Timer(3.0, pool.kill, [pool.processes[2]])
         killer.start()
-        outcomes = m.measure(t, candidates[4:], Protocol(rounds=20, seconds=0.05))
+        outcomes = m.measure(t, candidates[4:], Protocol(rounds=300, seconds=0.05))
         killer.join()
         assert sum(bool(o.error) for o in outcomes) == 1, [o.error for o in outcomes]
         assert [o.knobs for o in outcomes] == candidates[4:] and pool.count() == 1
