@@ -112,15 +112,14 @@ def _cost(
     assert layer.weight is not None and layer.workload is not None
     choice, other = choices[layer.name], mixed[layer.name]
     seconds = _seconds(choice, layer.workload.macs)
-    conv = isinstance(layer.workload, ConvWorkload)
+    pixels, lanes = 1, 1.0
+    if isinstance(layer.workload, ConvWorkload):
+        pixels = layer.workload.out_h * layer.workload.out_w
+        lanes = pixels / round_up(layer.workload.out_h * (layer.workload.out_w + 1), 16)
     against = 1.0 if other.winograd else INTERLEAVED[_csr(other)]
-    if _csr(other) and batch > images and (not conv or layer.workload.out_h * layer.workload.out_w == 1):
+    if _csr(other) and pixels == 1 and batch > images:
         against = ONE_PIXEL
     shared = _seconds(other, layer.workload.macs) * against
-    lanes = 1.0
-    if conv:
-        positions = layer.workload.out_h * (layer.workload.out_w + 1)
-        lanes = layer.workload.out_h * layer.workload.out_w / round_up(positions, 16)
     # Weights arrive while others are multiplied: a layer takes the longer of the two.
     arrive, arrives = (layer.weight.size * c.weight_bytes / WEIGHT_BANDWIDTH for c in (choice, other))
     return _Cost(
