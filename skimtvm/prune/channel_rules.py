@@ -221,7 +221,7 @@ def _reduce(flow: Flow, node: Any, a: dict[str, Any]) -> bool:
     x = flow.value(node)
     if x is None:
         return True
-    axes = a["axes"] if "axes" in a else flow.constant(node, 1)
+    axes = channel_shapes.axes_of(flow, node, a)
     if axes is None or x.flat:
         return False
     gone = {int(d) % x.rank for d in axes}

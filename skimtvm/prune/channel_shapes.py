@@ -59,11 +59,16 @@ def reshape(flow: Flow, node: Any, a: dict[str, Any]) -> bool:
     return flow.put(node, replace(x, rank=int(shape.size), flat=x.flat or (flattens and x.rank > 2 and span > 1)))
 
 
+def axes_of(flow: Flow, node: Any, a: dict[str, Any]) -> Any:
+    """The axes of a node: an attribute in older operator sets, later its second input; None where they are not constant."""
+    return a["axes"] if "axes" in a else flow.constant(node, 1)
+
+
 def squeeze(flow: Flow, node: Any, a: dict[str, Any]) -> bool:
     x = flow.value(node)
     if x is None:
         return True
-    axes = a["axes"] if "axes" in a else flow.constant(node, 1)
+    axes = axes_of(flow, node, a)
     if axes is None or x.flat:
         return False
     if node.op_type == "Squeeze":
