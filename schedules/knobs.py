@@ -202,6 +202,7 @@ def _chunks(total: int, vectors: int, groups: int, pieces: int = 8) -> int:
 ACCUMULATOR_BYTES = 1008  # of one row: TVM puts buffers from 1 KB on to the heap
 SHORTEST = 16  # positions in a tile, unless the plane has fewer
 COPIES_SHARE = 0.25  # of L2, for the aligned copies of a tile
+ALIGNED_EVEN = 8  # tiles from which an odd number of them is as good as twice as many pieces
 ALIGNED_SHORTEST = 40  # positions in such a tile
 COPY = 4.0  # cycles to copy a line
 BLOCKS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32)
@@ -301,9 +302,13 @@ def copies_fit(knobs: Knobs, copies: Copies | None, target: CpuTarget) -> bool:
 
 def aligned_chunks(knobs: Knobs, positions: int, groups: int, threads: int) -> int:
     """Parallel pieces that the ``groups`` row groups are cut into by aligned knobs which were tuned for ``threads``: as few
-    as give twice as many threads work, since each piece copies its tile (about 6% of a layer with 13x13 pixels)."""
+    as give twice as many threads work, since each piece copies its tile (about 6% of a layer with 13x13 pixels); an even
+    number of them where one more for one of two threads would cost it more than that."""
     tiles = -(-positions // (knobs.vectors * knobs.lanes))
-    return max(1, min(-(-2 * threads // tiles), groups))
+    chunks = -(-2 * threads // tiles)
+    if tiles * chunks % 2 and 1 < tiles < ALIGNED_EVEN:
+        chunks += 1
+    return max(1, min(chunks, groups))
 
 
 def conv_space(
