@@ -3,10 +3,12 @@
 Each output row is made in two steps: the rows of its window are reduced into a scratch row with contiguous vectors,
 then the scratch row, which carries the padding on both sides, is reduced along x with shifted vectors (stride 1) or
 shuffles (stride 2 to 4). Border rows are separate code in which only the taps inside of the image exist, so nothing
-ever relies on what the halo of the input holds.
+ever relies on what the halo of the input holds. Where windows slide by one pixel over planes whose rows lie apart as far
+as a window reaches, a block of rows is one run instead, gaps included, and short rows waste no lanes.
 
 Measured on Zen 4, one thread: 3x3 stride 2 on 64x112x112 takes 0.07-0.08 ms, 50-60 GB/s read and written, of about 100
-that one core reads at that size.
+that one core reads at that size; 3x3 stride 1 as runs 0.021 ms on 512x13x13 and 0.023 on 832x6x6, row by row 0.032 and
+0.033; a copy of the first takes 0.009.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from ..layout import LINE, Layout, round_up
 from ..target import CpuTarget
 from ..workload import PoolWorkload
 from .reduce import emit_global_avg_pool, emit_global_pool
-from .rows import Index, View, build, channels_of, fill, load, pick, pieces, splat, store, width_of, zero_halo
+from .rows import UNROLL, Index, View, build, channels_of, fill, load, pick, pieces, splat, store, width_of, zero_halo
 
 __all__ = ["PoolWorkload", "emit_global_avg_pool", "emit_global_pool", "emit_pool"]
 
@@ -35,6 +37,7 @@ ROW_BLOCK = 8
 LANES = 8  # also on AVX-512: every unaligned zmm access crosses a cache line, of the ymm accesses only half
 STACK = 1023  # bytes; TVM takes larger buffers from a workspace pool
 NEG_INF = float("-inf")
+Put = Callable[[Index, int, Any], None]  # takes the vector of so many lanes at a position
 Scale = tuple[Any, int]  # 1 / counted columns as a buffer, where it varies along the row, and the counted rows
 
 
@@ -84,7 +87,9 @@ def emit_pool(
     rows = _Axis(src.h, dst.h, kh, sy, dy, top, bottom)
     columns = _Axis(src.w, dst.w, kw, sx, dx, left, right)
     lanes = min(target.lanes, LANES)
-    pool = _Pool(workload, rows, columns, lanes)
+    gap = src.row_pitch - src.w if src.row_pitch == dst.row_pitch else 0
+    kind = _Runs if _Runs.serve(workload, rows, columns, gap, lanes) else _Pool
+    pool = kind(workload, rows, columns, lanes, gap)
 
     def body(x_buffer: Any, y_buffer: Any) -> None:
         x, y = View(src, src_size, src_channel, x_buffer), View(dst, dst_size, dst_channel, y_buffer)
@@ -96,9 +101,9 @@ def emit_pool(
 
 
 class _Pool:
-    """Emits the body of one (channel, image)."""
+    """Emits the body of one (channel, image). ``gap``: floats between two rows of input and output, 0 if not the same."""
 
-    def __init__(self, workload: PoolWorkload, rows: _Axis, columns: _Axis, lanes: int) -> None:
+    def __init__(self, workload: PoolWorkload, rows: _Axis, columns: _Axis, lanes: int, gap: int) -> None:
         self.workload, self.rows, self.columns, self.lanes = workload, rows, columns, lanes
         self.is_max = workload.kind == "max"
         self.identity = NEG_INF if self.is_max else 0.0
@@ -114,11 +119,7 @@ class _Pool:
         return B.max(a, b) if self.is_max else a + b
 
     def channel(self, x: View, y: View, n: Index, c: Index) -> None:
-        scratch = B.alloc_buffer((self.block * self.pitch,), "float32")
-        for slot in range(self.block):
-            start, pad = slot * self.pitch, self.columns.before + self.columns.size
-            fill(scratch, start, self.columns.before, self.lanes, self.identity)
-            fill(scratch, start + pad, self.pitch - pad, self.lanes, self.identity)
+        scratch = self.scratch()
         factors = None
         if not self.is_max and len(self.counts) > 1:
             factors = B.alloc_buffer((self.columns.out,), "float32")
@@ -142,11 +143,11 @@ class _Pool:
                 continue
 
             def block(i: Index, rows: int, start: int = start, taps: int = taps, counted: int = counted) -> None:
-                with B.serial(0, rows) as r:
-                    at = x.at(n, c, (i + r) * self.rows.stride + start, 0)
-                    self.vertical(scratch, r * self.pitch, x, at, taps)
-                with B.serial(0, rows) as r:
-                    self.horizontal(scratch, r * self.pitch, y, y.at(n, c, i + r, 0), (factors, counted))
+                def source(r: Index) -> Index:
+                    return x.at(n, c, (i + r) * self.rows.stride + start, 0)
+
+                self.reduce_rows(scratch, rows, x, source, taps)
+                self.reduce_columns(scratch, rows, y, lambda r: y.at(n, c, i + r, 0), (factors, counted))
 
             whole = len(ys) // self.block
             if whole:
@@ -154,6 +155,26 @@ class _Pool:
                     block(b * self.block + ys[0], self.block)
             if len(ys) % self.block:
                 block(ys[0] + whole * self.block, len(ys) % self.block)
+
+    def scratch(self) -> Any:
+        """Rows with the padding on both sides of where the data goes."""
+        scratch = B.alloc_buffer((self.block * self.pitch,), "float32")
+        for slot in range(self.block):
+            start, pad = slot * self.pitch, self.columns.before + self.columns.size
+            fill(scratch, start, self.columns.before, self.lanes, self.identity)
+            fill(scratch, start + pad, self.pitch - pad, self.lanes, self.identity)
+        return scratch
+
+    def reduce_rows(self, scratch: Any, rows: int, x: View, source: Callable[[Index], Index], taps: int) -> None:
+        """The first step, for a block of ``rows``; ``source(r)``: where the highest tap of row r lies in ``x``."""
+        with B.serial(0, rows) as r:
+            at, to = source(r), r * self.pitch + self.columns.before
+            self.vertical(x, at, taps, self.columns.size, lambda j, width, v: store(scratch, to + j, width, v))
+
+    def reduce_columns(self, scratch: Any, rows: int, y: View, result: Callable[[Index], Index], scale: Scale) -> None:
+        """The second step; ``result(r)``: where row r begins in ``y``."""
+        with B.serial(0, rows) as r:
+            self.horizontal(scratch, r * self.pitch, y, result(r), scale)
 
     def reduce(self, taps: int, width: int, value: Callable[[Index], Any]) -> Any:
         """``value(0)`` combined with ... ``value(taps - 1)``: straight-line code, or a loop for long windows."""
@@ -168,25 +189,30 @@ class _Pool:
             store(acc, 0, width, self.combine(load(acc, 0, width), value(t + 1)))
         return load(acc, 0, width)
 
-    def vertical(self, scratch: Any, row: Index, x: View, at: Index, taps: int) -> None:
+    def vertical(self, x: View, at: Index, taps: int, extent: int, put: Put, unroll: int = UNROLL) -> None:
+        """``put`` the taps from ``at`` on combined, for ``extent`` positions."""
         pitch = self.rows.dilation * x.layout.row_pitch
 
         def piece(j: Index, width: int) -> None:
-            value = self.reduce(taps, width, lambda t: load(x.buffer, at + (j + t * pitch), width))
-            store(scratch, row + (j + self.columns.before), width, value)
+            put(j, width, self.reduce(taps, width, lambda t: load(x.buffer, at + (j + t * pitch), width)))
 
-        pieces(self.columns.size, self.lanes, piece)
+        pieces(extent, self.lanes, piece, unroll)
+
+    def scaled(self, j: Index, width: int, value: Any, scale: Scale) -> Any:
+        """The average of the window of column ``j`` and those behind it, from their sums; a maximum stays."""
+        factors, counted = scale
+        if self.is_max:
+            return value
+        if factors is not None:
+            value = value * load(factors, j, width)
+        total = counted if factors is not None else counted * self.counts[0]
+        return value * splat(1 / total, width)
 
     def horizontal(self, scratch: Any, row: Index, y: View, at: Index, scale: Scale) -> None:
-        axis, (factors, counted) = self.columns, scale
+        axis = self.columns
 
         def finish(j: Index, width: int, value: Any) -> None:
-            if not self.is_max:
-                if factors is not None:
-                    value = value * load(factors, j, width)
-                total = counted if factors is not None else counted * self.counts[0]
-                value = value * splat(1 / total, width)
-            store(y.buffer, at + j, width, value)
+            store(y.buffer, at + j, width, self.scaled(j, width, value, scale))
 
         def shuffled(j: Index, width: int) -> None:
             groups: dict[int, list[Any]] = {}
@@ -214,3 +240,59 @@ class _Pool:
             with B.serial(0, axis.out) as j:
                 start = row + j * axis.stride
                 finish(j, 1, self.reduce(axis.kernel, 1, lambda t: scratch[start + t * axis.dilation]))
+
+
+class _Runs(_Pool):
+    """Windows of stride 1 whose reach is not wider than the gap between rows: a block of rows is one run of positions. In
+    the scratch rows the gaps hold the padding, written with the vectors that cross them: a load that finds a vector and a
+    few floats of it, stored later, both still in flight waits for them. What lies in the gaps of the output is overwritten.
+    """
+
+    def __init__(self, workload: PoolWorkload, rows: _Axis, columns: _Axis, lanes: int, gap: int) -> None:
+        super().__init__(workload, rows, columns, lanes, gap)
+        self.gap, self.pitch, self.origin = gap, columns.size + gap, lanes
+        self.block = max(1, min(rows.out, (STACK // 4 - 2 * lanes) // self.pitch))
+
+    @staticmethod
+    def serve(workload: PoolWorkload, rows: _Axis, columns: _Axis, gap: int, lanes: int) -> bool:
+        """Whether they can: rows fit the scratch, windows are short, and averages count as many columns in each."""
+        if (rows.stride, columns.stride, columns.out) != (1, 1, columns.size) or columns.kernel > UNROLL_TAPS:
+            return False
+        after = (columns.kernel - 1) * columns.dilation - columns.before
+        counts = {columns.counted(j, workload.count_include_pad) for j in range(columns.out)}
+        whole = workload.kind == "max" or len(counts) == 1
+        short = columns.size + gap <= STACK // 4 - 2 * lanes
+        return whole and short and 0 <= max(columns.before, after) <= min(gap, lanes) and gap > 0
+
+    def scratch(self) -> Any:
+        scratch = B.alloc_buffer((self.block * self.pitch + 2 * self.lanes,), "float32")
+        fill(scratch, 0, self.origin, self.lanes, self.identity)
+        return scratch
+
+    def extent(self, rows: int) -> int:
+        return rows * self.pitch - self.gap
+
+    def reduce_rows(self, scratch: Any, rows: int, x: View, source: Callable[[Index], Index], taps: int) -> None:
+        def put(j: Index, width: int, value: Any) -> None:
+            if any((j + i) % self.pitch >= self.columns.size for i in range(width)):
+                column = B.floormod(B.Ramp(j, 1, width), B.Broadcast(B.int32(self.pitch), width))
+                inside = column < B.Broadcast(B.int32(self.columns.size), width)
+                value = B.Select(inside, value, splat(self.identity, width))
+            store(scratch, self.origin + j, width, value)
+
+        extent = self.extent(rows)
+        self.vertical(x, source(0), taps, extent, put, unroll=extent)
+        fill(scratch, self.origin + extent, self.lanes, self.lanes, self.identity)
+
+    def reduce_columns(self, scratch: Any, rows: int, y: View, result: Callable[[Index], Index], scale: Scale) -> None:
+        axis, at = self.columns, result(0)
+
+        def piece(j: Index, width: int) -> None:
+            def tap(t: int) -> Any:
+                return load(scratch, self.origin + j + (t * axis.dilation - axis.before), width)
+
+            value = self.reduce(axis.kernel, width, tap)
+            store(y.buffer, at + j, width, self.scaled(j, width, value, scale))
+
+        extent = self.extent(rows)
+        pieces(extent, self.lanes, piece, unroll=extent)

@@ -73,6 +73,46 @@ def test_pool_between_slices(kind, lanes):
     check_output(got, pool_reference(x, wl, (5, 7)), src, channel=1, rtol=2e-5, atol=1e-6)
 
 
+# (n, c, h, w), gap, kernel, dilation, padding: windows that slide over rows with a gap, most of them as runs
+RUNS = {
+    "13x13": ((1, 3, 13, 13), 2, (3, 3), (1, 1), (1, 1, 1, 1)),
+    "27x27-several-blocks": ((1, 2, 27, 27), 2, (3, 3), (1, 1), (1, 1, 1, 1)),
+    "6x6-batch3": ((3, 2, 6, 6), 2, (3, 3), (1, 1), (1, 1, 1, 1)),
+    "5x5-window": ((1, 2, 13, 14), 2, (5, 5), (1, 1), (2, 2, 2, 2)),
+    "dilated": ((2, 2, 9, 17), 6, (3, 3), (2, 3), (2, 3, 2, 3)),
+    "asymmetric": ((1, 2, 9, 11), 3, (2, 4), (1, 1), (1, 3, 0, 0)),
+    "two-columns": ((1, 2, 40, 2), 1, (3, 3), (1, 1), (1, 1, 1, 1)),
+    "one-column": ((1, 2, 5, 1), 1, (3, 3), (1, 1), (1, 1, 1, 1)),
+    "gap-too-narrow": ((1, 2, 9, 11), 1, (5, 5), (1, 1), (2, 2, 2, 2)),
+    "long-window": ((1, 2, 12, 20), 4, (9, 9), (1, 1), (4, 4, 4, 4)),
+    "row-over-1KB": ((1, 1, 3, 301), 2, (3, 3), (1, 1), (1, 1, 1, 1)),
+}
+
+
+@by_lanes
+@by_kind
+@pytest.mark.parametrize("halo", [Halo(), Halo(1, 1, 1, 1)], ids=["", "zero-halo"])
+@pytest.mark.parametrize("case", RUNS)
+def test_pool_of_rows_with_a_gap(case, halo, kind, lanes):
+    shape, gap, kernel, dilation, padding = RUNS[case]
+    n, c, h, w = shape
+    wl = PoolWorkload(kind[:3], kernel, (1, 1), dilation, padding, count_include_pad=kind.endswith("pad"))
+    x = np.random.default_rng(5).standard_normal(shape).astype(np.float32)
+    src, dst = plane(n, c, h, w, Space(w + gap, h + 1), Halo()), plane(n, c, h, w, Space(w + gap, h + 1), halo)
+    func = emit_pool(wl, src, dst, src_size=src.size, dst_size=dst.size, target=LANES[lanes])
+    got = run_kernel(func, [pack(x, src, fill=np.nan)], dst.size, LANES[lanes])
+    check_output(got, pool_reference(x, wl, (h, w)), dst, rtol=2e-5, atol=1e-6, gaps=True)
+
+
+def test_short_rows_waste_no_lanes():
+    """A run of 11 rows of 13 pixels and 2 of gap is 163 positions: 21 vectors of 8, where 11 rows have 2 each."""
+    layout = plane(1, 4, 13, 13, Space(15, 13), Halo())
+    wl = PoolWorkload("max", (3, 3), padding=(1, 1, 1, 1))
+    func = emit_pool(wl, layout, layout, src_size=layout.size, dst_size=layout.size, target=LANES[16])
+    stores = [line for line in func.script().splitlines() if line.strip().startswith("dst[")]
+    assert len(stores) == 21 + 2 * 2
+
+
 def test_a_window_outside_of_the_image_gives_the_identity():
     wl = PoolWorkload("max", (1, 1), (1, 1), (1, 1), (1, 1, 1, 1))
     x = np.ones((1, 1, 1, 2), np.float32)
