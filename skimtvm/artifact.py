@@ -206,6 +206,7 @@ def _check(m: Manifest) -> None:
     for layer in (*m.layers, *(layer for v in m.variants for layer in v.layers)):
         texts += [layer.name, layer.op, layer.workload, layer.kernel, layer.reason, layer.epilogue, layer.symbol]
         numbers += [layer.macs, layer.nnz, layer.weights, layer.stored_bytes]
+    m.to_json().encode()  # half a surrogate pair, which no file or terminal takes, is a ValueError
     if not all(isinstance(t, str) for t in texts) or not all(type(n) is int and n >= 0 for n in numbers):
         raise ValueError
     tables = [(m.layers, m.calls), *((v.layers, v.calls) for v in m.variants)]

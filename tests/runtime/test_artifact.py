@@ -1,6 +1,7 @@
 """Writing modules completely or not at all, and refusing files that are not exactly what was written."""
 
 import dataclasses
+import json
 import os
 import shutil
 import signal
@@ -235,6 +236,14 @@ def _forge(path, payload, *, version=artifact.FORMAT, payload_size=None, elf=b"\
     )
     tail = struct.pack("<I8s", version, MAGIC)
     path.write_bytes(elf + START + payload + head + struct.pack("<I", zlib.crc32(head + tail)) + tail)
+
+
+def test_a_name_that_cannot_be_written(tmp_path, sample):
+    raw = json.loads(sample.MANIFEST.to_json())
+    raw["inputs"][0]["name"] = "\ud800"
+    _forge(tmp_path / "m.so", json.dumps(raw).encode())
+    with pytest.raises(InvalidArtifact, match="manifest that this skimtvm cannot read"):
+        read_manifest(tmp_path / "m.so")
 
 
 def test_other_format_version(tmp_path, sample):
