@@ -1,4 +1,4 @@
-"""Move arrays in and out of flat layouts, and reference results in float64."""
+"""Inputs whose gaps hold poison, and reference results in float64."""
 
 from __future__ import annotations
 
@@ -7,33 +7,23 @@ from typing import Any
 import numpy as np
 
 from skimtvm.layout import Layout
+from skimtvm.ops.packing import addresses
 from skimtvm.workload import ConvWorkload
 
 
-def pixel_index(layout: Layout) -> np.ndarray[Any, Any]:
-    """int64[N, C, H, W]: address of every pixel."""
-    n, c, y, x = np.ix_(*(np.arange(d) for d in (layout.n, layout.c, layout.h, layout.w)))
-    images = n // layout.interleave * layout.n_pitch + n % layout.interleave
-    return layout.front + c * layout.c_pitch + images + y * layout.row_pitch + x * layout.x_pitch
-
-
-def pack(layout: Layout, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Flat buffer holding ``array``; gaps are 0 where the layout promises it and a poison value elsewhere."""
-    flat = np.full(layout.size, 7e5, np.float32)
+def poisoned(array: np.ndarray[Any, Any], layout: Layout, poison: float = 7e5) -> np.ndarray[Any, Any]:
+    """Flat buffer holding ``array``; 0 in the gaps where the layout promises it and ``poison`` where nobody promises."""
+    flat = np.full(layout.size, poison, np.float32)
     if layout.zero_halo:
         flat[: layout.c * layout.c_pitch] = 0
-    flat[pixel_index(layout)] = array
+    flat[addresses(layout)] = array
     return flat
 
 
-def unpack(layout: Layout, flat: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    return flat[pixel_index(layout)]
-
-
-def gaps(layout: Layout, flat: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def gaps(flat: np.ndarray[Any, Any], layout: Layout) -> np.ndarray[Any, Any]:
     """Everything of the tensor's channels that is not a pixel."""
     inside = np.zeros(layout.size, bool)
-    inside[pixel_index(layout)] = True
+    inside[addresses(layout)] = True
     return flat[: layout.c * layout.c_pitch][~inside[: layout.c * layout.c_pitch]]
 
 

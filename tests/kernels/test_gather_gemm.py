@@ -13,14 +13,14 @@ import tvm
 from skimtvm.errors import InternalError
 from skimtvm.formats.gather import decode, encode
 from skimtvm.layout import Halo, Layout, Space, plane
-from skimtvm.ops.packing import compile_kernel
+from skimtvm.ops.packing import compile_kernel, unpack
 from skimtvm.schedules import conv2d as conv
 from skimtvm.schedules import gather_gemm
 from skimtvm.schedules.pointwise import Instr, Program, Slot
 from skimtvm.target import TARGETS, CpuTarget
 from skimtvm.workload import ConvWorkload
 
-from .helpers import conv_reference, gamma, gaps, pack, unpack
+from .helpers import conv_reference, gamma, gaps, poisoned
 
 BIAS_RELU = Program((Instr("add", ("t0", "c0")), Instr("nn.relu", ("v0",))), 1, 1)
 BIAS_ADD_RELU = Program((Instr("add", ("t0", "c0")), Instr("add", ("v0", "t1")), Instr("nn.relu", ("v1",))), 2, 1)
@@ -120,7 +120,7 @@ def make(
         epilogue=BIAS_ADD_RELU if residual else BIAS_RELU, tensors=(d,) if residual else (),
     )  # fmt: skip
     executable = compile_kernel(gather_gemm.emit(kernel.gemm), target)
-    arrays = [pack(src, stored), *kernel.constants, bias, *([pack(dst, res)] if residual else [])]
+    arrays = [poisoned(stored, src), *kernel.constants, bias, *([poisoned(res, dst)] if residual else [])]
     args = [tvm.runtime.tensor(a) for a in (*arrays, np.full(dst.size, np.nan, np.float32))]
     return Case(wl, x, w, bias, res, dst, kernel, executable, args)
 
@@ -132,10 +132,10 @@ def check(case: Case) -> None:
     scale = conv_reference(wl, np.abs(case.x), np.abs(case.w)) + np.abs(case.bias)[:, None, None]
     if case.residual is not None:
         expected, scale = expected + case.residual, scale + np.abs(case.residual)
-    error = np.abs(unpack(case.dst, flat) - np.maximum(expected, 0))
+    error = np.abs(unpack(flat, case.dst) - np.maximum(expected, 0))
     assert (error <= gamma(wl.row_length) * scale + 1e-30).all(), f"largest error {error.max():.2e}"
     if case.dst.zero_halo:
-        assert not gaps(case.dst, flat).any(), "the gaps between rows must be zero"
+        assert not gaps(flat, case.dst).any(), "the gaps between rows must be zero"
     assert np.isnan(flat[case.dst.c * case.dst.c_pitch :]).all(), "wrote behind the last channel"
 
 

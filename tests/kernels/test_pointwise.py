@@ -10,11 +10,11 @@ import pytest
 import tvm
 
 from skimtvm.layout import Halo, Layout, Space, natural, plane
-from skimtvm.ops.packing import compile_kernel
+from skimtvm.ops.packing import compile_kernel, unpack
 from skimtvm.schedules.pointwise import OPS, Instr, Program, Slot, emit_pointwise, split_bias
 from skimtvm.target import TARGETS
 
-from .helpers import gaps, pack, unpack
+from .helpers import gaps, poisoned
 
 SHAPE = (2, 3, 5, 7)
 LAYOUTS = {
@@ -30,7 +30,7 @@ def run(program: Program, src: tuple[Layout, ...], dst: Layout, arrays: list[Any
     target = TARGETS[cpu]
     func = emit_pointwise(program, tuple(Slot(s, s.size) for s in src), Slot(dst, dst.size), target)
     executable = compile_kernel(func, target)
-    flats = [pack(s, a) for s, a in zip(src, arrays, strict=True)]
+    flats = [poisoned(a, s) for s, a in zip(src, arrays, strict=True)]
     args = [tvm.runtime.tensor(a) for a in (*flats, *others, np.full(dst.size, np.nan, np.float32))]
     executable["main"](*args)
     return args[-1].numpy()
@@ -53,9 +53,9 @@ def test_operand_kinds(src: str, dst: str, cpu: str) -> None:
     )
     flat = run(Program(steps, 2, 1, 1, (0.25,)), (a, b), b, [x, y], [c, g.reshape(-1)], cpu)
     expected = (np.maximum(x * g[:, :, None, None] + c[:, None, None], 0) - y) * 0.25
-    np.testing.assert_allclose(unpack(b, flat), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(unpack(flat, b), expected, rtol=1e-5, atol=1e-6)
     if b.zero_halo:
-        assert not gaps(b, flat).any()
+        assert not gaps(flat, b).any()
 
 
 def _gelu(x: Any) -> Any:
@@ -87,7 +87,7 @@ def test_every_operator(op: str) -> None:
         steps = (Instr(op, ("t0", *(f"s{i}" for i in range(len(scalars))))),)
     flat = run(Program(steps, 1, 0, 0, tuple(scalars)), (lay,), lay, [x], [], "znver4")
     expected = REFERENCES[op](x.astype(np.float64), *scalars)
-    np.testing.assert_allclose(unpack(lay, flat), expected, rtol=3e-6, atol=1e-6)
+    np.testing.assert_allclose(unpack(flat, lay), expected, rtol=3e-6, atol=1e-6)
 
 
 def test_split_bias() -> None:

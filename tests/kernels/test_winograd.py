@@ -15,7 +15,7 @@ from tvm import te
 from skimtvm.errors import InternalError, UnsupportedWorkload
 from skimtvm.formats.csr import encode
 from skimtvm.layout import Halo, Space, plane
-from skimtvm.ops.packing import compile_kernel, run_kernel
+from skimtvm.ops.packing import compile_kernel, run_kernel, unpack
 from skimtvm.ops.winograd import winograd_conv2d, winograd_csr_conv2d, winograd_reference
 from skimtvm.schedules import conv2d as conv
 from skimtvm.schedules import winograd_conv2d as wino
@@ -25,7 +25,7 @@ from skimtvm.target import TARGETS
 from skimtvm.winograd import SIZES, expected_error, phase_filters, transform
 from skimtvm.workload import ConvWorkload, WinogradWorkload
 
-from .helpers import conv_reference, gamma, gaps, pack, pixel_index, unpack
+from .helpers import conv_reference, gamma, gaps, poisoned
 
 BIAS_ADD_RELU = Program((Instr("add", ("t0", "c0")), Instr("add", ("v0", "t1")), Instr("nn.relu", ("v1",))), 2, 1)
 
@@ -35,17 +35,6 @@ def W(
 ) -> WinogradWorkload:
     pads = (p, p, p, p) if isinstance(p, int) else p
     return WinogradWorkload(n, c, h, w or h, k, r, r, padding=pads, groups=g, m=m)
-
-
-def poisoned(layout: Any, x: np.ndarray) -> np.ndarray:
-    """Flat buffer with NaN wherever no producer promises a value."""
-    flat = pack(layout, x)
-    unset = np.ones(flat.size, bool)
-    unset[pixel_index(layout)] = False
-    if layout.zero_halo:
-        unset[: layout.c * layout.c_pitch] = False
-    flat[unset] = np.nan
-    return flat
 
 
 @functools.cache
@@ -78,16 +67,16 @@ def run(
     kernel = wino.build(wl, u, *slots[:2], wl.m, chosen, epilogue=BIAS_ADD_RELU, tensors=slots[2:])
     executable = built(kernel.gemm, cpu)
     out, work = (np.full(size, np.nan, np.float32) for size in (whole.size, kernel.gemm.workspace))
-    arrays = (poisoned(src, x), *kernel.constants, bias, poisoned(dst, residual), out, work)
+    arrays = (poisoned(x, src, np.nan), *kernel.constants, bias, poisoned(residual, dst, np.nan), out, work)
     args = [tvm.runtime.tensor(a) for a in arrays]
     executable["main"](*args)
     flat = args[-2].numpy()
     want = winograd_reference(x, u, wl) + bias[:, None, None] + residual
     scale = winograd_reference(x, u, wl, magnitude=True) + np.abs(bias)[:, None, None] + np.abs(residual)
     mine = flat[dst.c_pitch :]
-    error = np.abs(unpack(dst, mine) - np.maximum(want, 0))
+    error = np.abs(unpack(mine, dst) - np.maximum(want, 0))
     assert (error <= gamma(wl.c // wl.groups + 4 * (wl.m + wl.kh - 1)) * scale).all(), f"{np.nanmax(error):.2e}"
-    assert not gaps(dst, mine).any(), "the gaps between rows must be zero"
+    assert not gaps(mine, dst).any(), "the gaps between rows must be zero"
     assert np.isnan(flat[: dst.c_pitch]).all() and np.isnan(mine[dst.c * dst.c_pitch :]).all(), "wrote elsewhere"
     return kernel, executable
 
@@ -186,11 +175,11 @@ def test_error_of_each_variant_against_direct_convolution(m: int, r: int, growth
     kernel = wino.build(wl, transform(m, r).forward(weight), *slots, m, wino.default_knobs(wl, m, True, target))
     executable = built(kernel.gemm, "znver4")
     sizes = dst.size, kernel.gemm.workspace
-    arrays = (poisoned(layout, x), *kernel.constants, *(np.zeros(s, np.float32) for s in sizes))
+    arrays = (poisoned(x, layout, np.nan), *kernel.constants, *(np.zeros(s, np.float32) for s in sizes))
     args = [tvm.runtime.tensor(a) for a in arrays]
     executable["main"](*args)
     exact = conv_reference(wl, x, weight)
-    error = np.abs(unpack(dst, args[-2].numpy()) - exact).max() / np.abs(exact).max()
+    error = np.abs(unpack(args[-2].numpy(), dst) - exact).max() / np.abs(exact).max()
     assert error <= growth * 2.0**-23
     assert error <= expected_error(weight, m) <= 30 * growth * 2.0**-23
 
