@@ -18,7 +18,7 @@ from typing import Any
 
 from ..layout import Halo, Layout, Phases, Space, interleaved, natural, plane
 from ..schedules import conv2d as conv
-from ..schedules.interleaved import can_pool
+from ..schedules.interleaved_pooling import can_pool
 from .bands import BANDED
 from .nodes import Node, nchw
 

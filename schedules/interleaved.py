@@ -17,8 +17,7 @@ from tvm.script.ir_builder import tirx as B
 
 from ..errors import InternalError
 from ..layout import Layout
-from ..workload import PoolWorkload
-from .emit import Expr, broadcast, fetch, finish, kernel_attrs, parallel, store, transpose, vector, write
+from .emit import Expr, broadcast, finish, kernel_attrs, parallel, store, transpose, vector, write
 from .pointwise import Program, Slot
 
 
@@ -55,10 +54,13 @@ class Band:
     @contextmanager
     def parallel(self) -> Iterator[tuple[Expr, Expr]]:
         """A parallel loop over (vector of images, row)."""
-        height = self.slot.layout.h
         with parallel(self.rows, self.slot.layout) as i:
-            row = B.bind(self.first + i)
-            yield B.bind(B.floordiv(row, height)), B.bind(B.floormod(row, height))
+            yield self.row(i)
+
+    def row(self, i: Expr) -> tuple[Expr, Expr]:
+        """(vector of images, row) of row ``i`` of the band."""
+        row, height = B.bind(self.first + i), self.slot.layout.h
+        return B.bind(B.floordiv(row, height)), B.bind(B.floormod(row, height))
 
 
 def whole_band(slots: Sequence[Slot]) -> npt.NDArray[np.int32]:
@@ -129,7 +131,7 @@ def zero_halo(out: Expr, slot: Slot) -> None:
     _clear(out, slot, lay.front + images * lay.n_pitch, lay.tail // lay.x_pitch)
 
 
-def _kernel(slots: Sequence[tuple[str, int]], body: Callable[..., None], banded: Sequence[Slot] = ()) -> Any:
+def kernel(slots: Sequence[tuple[str, int]], body: Callable[..., None], banded: Sequence[Slot] = ()) -> Any:
     """PrimFunc of f32 buffers. ``banded``: sources and output, if rows are computed by band; ``body`` gets the Band last."""
     with IRBuilder() as ib, B.prim_func(s_tir=True):
         kernel_attrs()
@@ -180,7 +182,7 @@ def emit_copy(src: Slot, dst: Slot, channels: Sequence[int] | None = None) -> An
                         value = source[_span(src, n, y, x, first + c, lanes)]
                         B.buffer_store(out, value, [_span(dst, n, y, x, start + c, lanes)])
 
-    return _kernel((("src", src.size), ("dst", dst.size)), body)
+    return kernel((("src", src.size), ("dst", dst.size)), body)
 
 
 def _span(slot: Slot, n: Expr, y: Expr, x: Expr, c: Expr, lanes: int) -> Any:
@@ -234,80 +236,7 @@ def emit_pointwise(program: Program, tensors: tuple[Slot, ...], dst: Slot) -> An
             operands |= {f"c{j}": broadcast(b[c], lanes) for j, b in enumerate(cs)}
             write(out, program.evaluate(operands, lanes), dst.at(c, n, y, x) + band.shift(-1), lay, lanes)
 
-    return _kernel(args, body, banded=(*tensors, dst))
-
-
-POOL_TAPS = 64  # a window is straight-line code
-POOL_BYTES = 24 << 10  # of the source that windows which are neighbours share: of a block of channels, in L1
-
-
-def can_pool(workload: PoolWorkload) -> bool:
-    """Whether ``emit_pool`` has a kernel."""
-    return workload.kernel[0] * workload.kernel[1] <= POOL_TAPS
-
-
-def _touch_all(workload: PoolWorkload, s: Layout, d: Layout) -> bool:
-    """Whether every window has a tap inside of the image."""
-    (top, left, _, _), (sy, sx), (kh, kw) = workload.padding, workload.strides, workload.kernel
-    return kh > top and kw > left and (d.h - 1) * sy - top < s.h and (d.w - 1) * sx - left < s.w
-
-
-def emit_pool(workload: PoolWorkload, src: Slot, dst: Slot) -> Any:
-    """Max or average pooling of interleaved tensors; taps outside of the image do not count, as in ``pooling.py``.
-
-    PrimFunc(src f32[src.size], band, dst f32[dst.size]). Raises InternalError for windows that are too large.
-
-    Measured on Zen 4, one thread, in bands: 3x3 stride 2 on 16x64x112x112 takes 1.4 ms, 45 GB/s read and written, 0.6 of
-    what the last-level cache gives (80 GB/s read, 54 written).
-    """
-    s, lanes = src.layout, dst.layout.interleave
-    if not can_pool(workload) or s.interleave != lanes or (s.n, s.c) != (dst.layout.n, dst.layout.c):
-        raise InternalError(f"no interleaved kernel for {workload} from {s} to {dst.layout}")
-    (top, left, bottom, right), sx = workload.padding, workload.strides[1]
-    largest = workload.kind == "max"
-    # Without gaps between taps, the pixel inside that is nearest to a tap outside is another tap: it changes no maximum.
-    repeat = largest and workload.dilation == (1, 1) and _touch_all(workload, s, dst.layout)
-    nothing = broadcast(B.float32(float("-inf") if largest else 0), lanes)
-    block = max(1, POOL_BYTES // (4 * lanes * workload.kernel[0] * workload.kernel[1]))
-
-    def axis(o: Expr, k: int, size: int, before: int, after: int) -> tuple[list[tuple[Expr, Expr]], Expr]:
-        """(inside of the image, position) of each tap of window ``o``, and how many count in a mean."""
-        stride, dilation = workload.strides[k], workload.dilation[k]
-        at = [B.bind(o * stride + (t * dilation - before)) for t in range(workload.kernel[k])]
-        inside = [B.bind(B.And(p >= 0, p < size)) for p in at]
-        low, high = (-before, size + after) if workload.count_include_pad else (0, size)
-        count: Any = B.int32(0)
-        for p in at:
-            count = count + B.Select(B.And(p >= low, p < high), B.int32(1), B.int32(0))
-        return [(i, B.max(B.min(p, size - 1), 0)) for i, p in zip(inside, at, strict=True)], B.max(count, 1)
-
-    def body(source: Expr, out: Expr, band: Band) -> None:
-        blocks = -(-s.c // block)
-        with band.parallel() as (n, y), B.serial(0, blocks) as b:
-            rows, high = axis(y, 0, s.h, top, bottom)
-            first = B.bind(b * block)
-            count = B.bind(B.min(s.c - first, block)) if blocks > 1 else s.c
-            with B.serial(0, dst.layout.w) as x:
-                columns, wide = axis(x, 1, s.w, left, right)
-                taps = [
-                    (None if repeat else B.bind(B.And(i, j)), B.bind(src.at(first, n, ty, tx) + band.shift(0)))
-                    for i, ty in rows
-                    for j, tx in columns
-                ]
-                scale = None if largest else B.bind(B.float32(1) / B.Cast("float32", high * wide))
-                new = [at for i, (_, at) in enumerate(taps) if i % workload.kernel[1] >= workload.kernel[1] - sx]
-                with B.serial(0, count) as c:
-                    for at in new:  # columns that the next window reads first
-                        fetch(source, at + (c * s.c_pitch + sx * s.x_pitch))
-                    total: Any = None
-                    for inside, at in taps:
-                        value = vector(source, at + c * s.c_pitch, lanes)
-                        value = value if inside is None else B.Select(inside, value, nothing)
-                        total = value if total is None else B.max(total, value) if largest else total + value
-                    mean = total if largest else total * broadcast(scale, lanes)
-                    write(out, mean, dst.at(first + c, n, y, x) + band.shift(-1), dst.layout, lanes)
-
-    return _kernel((("src", src.size), ("dst", dst.size)), body, banded=(src, dst))
+    return kernel(args, body, banded=(*tensors, dst))
 
 
 def emit_global_avg_pool(src: Slot, dst: Slot) -> Any:
@@ -327,4 +256,4 @@ def emit_global_avg_pool(src: Slot, dst: Slot) -> Any:
             mean = vector(total, 0, lanes) * broadcast(B.float32(1 / (lay.h * lay.w)), lanes)
             B.buffer_store(out, mean, [B.Ramp(dst.at(c, n * lanes, 0, 0), dst.layout.n_pitch, lanes)])
 
-    return _kernel((("src", src.size), ("dst", dst.size)), body)
+    return kernel((("src", src.size), ("dst", dst.size)), body)

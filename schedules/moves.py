@@ -7,7 +7,7 @@ from typing import Any
 from ..layout import Phases
 from ..target import CpuTarget
 from ..workload import LRNWorkload, PoolWorkload
-from . import convert, interleaved, lrn, pooling, reduce, resize
+from . import convert, interleaved, interleaved_pooling, lrn, pooling, reduce, resize
 from .pointwise import Slot
 
 
@@ -36,7 +36,7 @@ def emit_phases(phases: Phases, src: Slot, dst: Slot, target: CpuTarget) -> Any:
 
 def emit_pool(workload: PoolWorkload, src: Slot, dst: Slot, target: CpuTarget) -> Any:
     if dst.layout.interleave > 1:
-        return interleaved.emit_pool(workload, src, dst)
+        return interleaved_pooling.emit_pool(workload, src, dst)
     return pooling.emit_pool(workload, src.layout, dst.layout, target=target, **_where(src, dst))
 
 

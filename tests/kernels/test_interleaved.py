@@ -16,6 +16,7 @@ from skimtvm.ops.pooling import pool_reference
 from skimtvm.schedules import conv2d as conv
 from skimtvm.schedules import gather_gemm, moves
 from skimtvm.schedules import interleaved as kernels
+from skimtvm.schedules.interleaved_pooling import can_pool
 from skimtvm.schedules.pointwise import Instr, Program, Slot
 from skimtvm.target import TARGETS
 from skimtvm.workload import ConvWorkload, PoolWorkload
@@ -197,7 +198,7 @@ def test_what_does_not_fit_is_refused() -> None:
 
 
 @pytest.mark.parametrize("kind", ["max", "avg", "avg-include-pad"])
-@pytest.mark.parametrize("case", [c for c in POOLS if kernels.can_pool(pool_workload(c, "max"))])
+@pytest.mark.parametrize("case", [c for c in POOLS if can_pool(pool_workload(c, "max"))])
 def test_pool(case: str, kind: str) -> None:
     (_, c, h, w), *_, ceil = POOLS[case]
     wl = pool_workload(case, kind)
@@ -207,6 +208,31 @@ def test_pool(case: str, kind: str) -> None:
     inputs = [pack(x, src.layout, fill=np.nan), kernels.whole_band([src, dst])]
     got = run_kernel(moves.emit_pool(wl, src, dst, TARGET), inputs, dst.size, TARGET)
     check_output(got, pool_reference(x, wl, out), dst.layout, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kind", ["max", "avg"])
+@pytest.mark.parametrize("target", [TARGET, AVX2], ids=["avx512", "avx2"])
+def test_pool_of_many_channels_in_bands(target: Any, kind: str, stride: int) -> None:
+    """Several blocks of channels, of which the last is smaller; bands that end inside of an image."""
+    x = np.random.default_rng(1).standard_normal((32, 150, 5, 11)).astype(np.float32)
+    wl = PoolWorkload(kind, (3, 3), (stride, stride), padding=(1, 1, 1, 1))
+    out = wl.out_extent(5, 11)
+    src, dst = slot(*x.shape, lanes=target.lanes), slot(32, 150, *out, lanes=target.lanes)
+    kernel = compile_kernel(moves.emit_pool(wl, src, dst, target), target)["main"]
+    got = tvm.runtime.tensor(np.full(dst.size, np.nan, np.float32))
+    rows = 32 // target.lanes * out[0]
+    for first in range(0, rows, 2):
+        band = np.array([first, min(2, rows - first)], np.int32)
+        kernel(*(tvm.runtime.tensor(a) for a in (pack(x, src.layout, fill=np.nan), band)), got)
+    check_output(got.numpy(), pool_reference(x, wl, out), dst.layout, rtol=2e-5, atol=1e-6)
+
+
+def test_windows_share_columns() -> None:
+    """Four windows of 3x3 in a row need 18 taps, not 36."""
+    src, dst = slot(16, 3, 3, 6), slot(16, 3, 1, 4)
+    script = moves.emit_pool(PoolWorkload("max", (3, 3)), src, dst, TARGET).script()
+    assert script.count("src[T.Ramp(") == 18
 
 
 def test_pool_past_the_caches() -> None:
@@ -222,8 +248,8 @@ def test_pool_past_the_caches() -> None:
 def test_large_windows_have_no_kernel() -> None:
     src, dst = slot(16, 1, 13, 13), slot(16, 1, 5, 5)
     with pytest.raises(InternalError, match="no interleaved kernel"):
-        kernels.emit_pool(PoolWorkload("max", (9, 9)), src, dst)
-    assert not kernels.can_pool(PoolWorkload("max", (9, 9)))
+        moves.emit_pool(PoolWorkload("max", (9, 9)), src, dst, TARGET)
+    assert not can_pool(PoolWorkload("max", (9, 9)))
 
 
 def test_rows_of_a_window_slide_down_though_they_overlap() -> None:
