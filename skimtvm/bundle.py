@@ -32,8 +32,8 @@ from .errors import EnvironmentProblem, InvalidArtifact, InvalidOption, OutputEx
 from .report import Manifest
 
 NATIVE = Path(__file__).parent / "native"
-SOURCES = ("skimtvm_c.cc", "module_file.cc", "huge_pages.cc")
-HEADERS = ("module_file.h", "huge_pages.h", "tvm_calls.h")
+SOURCES = ("skimtvm_c.cc", "module_file.cc")
+HEADERS = ("module_file.h", "tvm_calls.h")
 MARK = "bundle.json"
 LIBRARIES = (("tvm", "libtvm_runtime.so"), ("tvm_ffi", "libtvm_ffi.so"))
 FFI_HEADERS = ("tvm/ffi/c_api.h", "dlpack/dlpack.h")

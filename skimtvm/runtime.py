@@ -22,7 +22,6 @@ from .errors import (
     InvalidArtifact,
     SkimError,
 )
-from .huge_pages import huge_pages
 from .report import Manifest, TensorSpec
 from .target import host_features
 from .tvm_runtime import check_threads, import_tvm, with_threads
@@ -50,8 +49,7 @@ def load(path: str | os.PathLike[str], *, threads: int | None = None) -> Module:
         if key not in _libraries:
             manifest = read_manifest(path)
             check_compatible(manifest, where)
-            with huge_pages():  # the weights
-                library = _open(path, where)
+            library = _open(path, where)
             if _identity(path) != key:
                 raise InvalidArtifact(f"{where} was replaced while it was being loaded; load it again")
             _libraries[key] = library, manifest
@@ -111,24 +109,6 @@ def _open(path: str | os.PathLike[str], where: str) -> Any:
 # ---- running -----------------------------------------------------------------------------------------------------
 
 
-class _Machine:
-    """A virtual machine, whose memory for each function is allocated by the first call."""
-
-    def __init__(self, vm: Any) -> None:
-        self.vm = vm
-        self._functions: dict[str, Callable[..., Any]] = {}
-
-    def run(self, function: str, tensors: Sequence[Any]) -> Any:
-        known = self._functions.get(function)
-        if known is not None:
-            return known(*tensors)
-        called = self.vm[function]
-        with huge_pages():
-            result = called(*tensors)
-        self._functions[function] = called
-        return result
-
-
 class Module:
     """A compiled network. ``run`` may be called from several threads at once."""
 
@@ -138,8 +118,8 @@ class Module:
         self.threads = threads
         self._library = library
         # A VM runs one call at a time: each run takes an idle one, or makes one (0.1 ms, no copy of the weights).
-        self._idle: deque[_Machine] = deque()
-        self._idle.append(self._new())
+        self._idle: deque[Any] = deque()
+        self._idle.append(self.new_vm()[0])
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -210,31 +190,28 @@ class Module:
 
     def new_vm(self, batch: int | None = None) -> tuple[Any, Callable[..., Any]]:
         """A virtual machine of its own over the shared library, and its function for ``batch`` (None: the largest)."""
-        machine = self._new()
-        return machine.vm, lambda *tensors: machine.run(self.manifest.function(batch), tensors)
-
-    def _new(self) -> _Machine:
         tvm = import_tvm()
         from tvm.runtime.vm import VirtualMachine
 
-        return _Machine(VirtualMachine(self._library, tvm.cpu()))
+        vm = VirtualMachine(self._library, tvm.cpu())
+        return vm, vm[self.manifest.function(batch)]
 
-    def _take(self) -> _Machine:
+    def _take(self) -> Any:
         try:
             return self._idle.pop()
         except IndexError:
-            return self._new()
+            return self.new_vm()[0]
 
     def _invoke(self, tensors: Sequence[Any], function: str) -> Any:
-        machine = self._take()
+        vm = self._take()
         try:
-            result = machine.run(function, tensors)
+            result = vm[function](*tensors)
         except SkimError:
             raise
         except Exception as e:  # the VM is in an unknown state: dropped
             reason = str(e).strip().splitlines()
             raise InternalError(f"module '{self.path}' failed while running: {reason[-1] if reason else e}") from e
-        self._idle.append(machine)
+        self._idle.append(vm)
         return result
 
     def _unpack(self, result: Any, arrays: Sequence[np.ndarray]) -> dict[str, np.ndarray]:

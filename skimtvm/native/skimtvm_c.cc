@@ -14,11 +14,9 @@
 #include <memory>
 #include <mutex>
 #include <new>
-#include <set>
 #include <thread>
 #include <tuple>
 
-#include "huge_pages.h"
 #include "module_file.h"
 #include "skimtvm.h"
 #include "tvm_calls.h"
@@ -118,9 +116,7 @@ std::shared_ptr<Library> load(const std::string& path) {
   auto library = std::make_shared<Library>();
   library->manifest = read_manifest(real);
   check_compatible(library->manifest, path);
-  HugePages weights;
   library->module = call(global("ffi.ModuleLoadFromFile"), Value::view_of_text(real.c_str()));
-  weights.apply();
   (*loaded)[identity] = library;
   return library;
 }
@@ -187,7 +183,6 @@ struct skimtvm_instance {
   std::shared_ptr<Library> library;
   std::mutex busy;
   std::map<int64_t, Value> functions;  // by batch size; 0: the only one
-  std::set<int64_t> ran;               // those whose memory is allocated
   Worker worker;
 
   const Manifest& manifest() const { return library->manifest; }
@@ -212,15 +207,6 @@ struct skimtvm_instance {
       if (!f.second.is(kTVMFFIFunction)) throw Error(SKIMTVM_BAD_MODULE, "the module lacks a function of its manifest");
   }
 
-  /// The first call of a function allocates its memory.
-  Value first(int64_t batch, const std::vector<TVMFFIAny>& arguments) {
-    HugePages activations;
-    Value result = call(functions.at(batch), arguments);
-    activations.apply();
-    ran.insert(batch);
-    return result;
-  }
-
   /// Run images `from` to `from` + `batch` (0: the module's only shapes) of `images`; those beyond the end are zeros.
   void run_one(int64_t batch, int64_t from, int64_t images, const skimtvm_input* inputs, const skimtvm_output* outputs) {
     std::vector<Value> tensors;
@@ -233,7 +219,7 @@ struct skimtvm_instance {
       tensors.push_back(tensor_of(spec, batch, data, batch ? one * valid : bytes, bytes));
       arguments.push_back(tensors.back().any());
     }
-    Value result = ran.count(batch) ? call(functions.at(batch), arguments) : first(batch, arguments);
+    Value result = call(functions.at(batch), arguments);
     std::vector<Value> several;
     if (result.is(kTVMFFIArray)) several = elements(result);
     else several.push_back(std::move(result));

@@ -30,7 +30,6 @@ from typing import Any
 
 import numpy as np
 
-from ..huge_pages import huge_pages
 from ..ops.packing import compile_kernel
 from ..target import resolve
 
@@ -72,8 +71,7 @@ class Here:
         self.cold = np.ones((2, resolve().l2_bytes // 4), np.float32)
 
     def array(self, values: Any) -> Any:
-        with huge_pages():  # as for the tensors of a network
-            return self.tvm.runtime.tensor(values)
+        return self.tvm.runtime.tensor(values)
 
     def load(self, executable: Any) -> Any:
         return executable["main"]

@@ -84,8 +84,8 @@ def test_two_loads_share_the_library_but_no_vm(file, tmp_path):
     (tmp_path / "link.so").symlink_to(file)
     one, two = skimtvm.load(file), skimtvm.load(tmp_path / "link.so")
     assert one._library is two._library
-    assert one._idle[0].vm.module is not two._idle[0].vm.module
-    assert not one._idle[0].vm.module.same_as(two._idle[0].vm.module)
+    assert one._idle[0].module is not two._idle[0].module
+    assert not one._idle[0].module.same_as(two._idle[0].module)
 
 
 def test_weights_are_in_memory_once(file, in_process):
