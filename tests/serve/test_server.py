@@ -247,6 +247,21 @@ def test_a_killed_worker_is_replaced_and_its_requests_are_answered(serve, valid)
         time.sleep(0.05)
 
 
+@pytest.mark.parametrize(
+    ("given", "got"),
+    [
+        (None, "glibc.malloc.hugetlb=1"),
+        ("glibc.malloc.hugetlb=0", "glibc.malloc.hugetlb=0"),
+        ("glibc.malloc.arena_max=2", "glibc.malloc.arena_max=2:glibc.malloc.hugetlb=1"),
+    ],
+)
+def test_workers_ask_for_huge_pages(monkeypatch, given, got):
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    if given:
+        monkeypatch.setenv("GLIBC_TUNABLES", given)
+    assert worker_environment()["GLIBC_TUNABLES"] == got
+
+
 def test_time_limit(serve, valid):
     """A worker that hangs: 504 for what it runs, 503 for what waits; then it is killed and replaced."""
     server = serve("--timeout", "1.5", "--workers", "1", "--max-batch-delay", "0")
