@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from skimtvm.serve.load_client import NoAnswer, malformed, post
+from skimtvm.serve.pool import worker_environment
 
 from .helpers import environment
 
