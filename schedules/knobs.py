@@ -192,9 +192,15 @@ def _chunks(total: int, vectors: int, groups: int, pieces: int = 8) -> int:
     and an even number of them unless one more or less makes no difference to two threads."""
     tiles = -(-total // vectors)
     chunks = max(1, pieces // tiles)
-    if tiles * chunks % 2 and 1 < tiles * chunks < EVEN:
-        chunks += 1
+    if tiles * chunks < EVEN:
+        chunks = _even(tiles, chunks)
     return min(chunks, max(1, groups))
+
+
+def _even(tiles: int, chunks: int) -> int:
+    """``chunks``, or one more where several pieces would be an odd number."""
+    pieces = tiles * chunks
+    return chunks + 1 if pieces > 1 and pieces % 2 else chunks
 
 
 # ---- spaces ------------------------------------------------------------------------------------------------------
@@ -306,8 +312,8 @@ def aligned_chunks(knobs: Knobs, positions: int, groups: int, threads: int) -> i
     number of them where one more for one of two threads would cost it more than that."""
     tiles = -(-positions // (knobs.vectors * knobs.lanes))
     chunks = -(-2 * threads // tiles)
-    if tiles * chunks % 2 and 1 < tiles < ALIGNED_EVEN:
-        chunks += 1
+    if tiles < ALIGNED_EVEN:
+        chunks = _even(tiles, chunks)
     return max(1, min(chunks, groups))
 
 
