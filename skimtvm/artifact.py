@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import math
 import os
 import re
@@ -206,7 +207,8 @@ def _check(m: Manifest) -> None:
     for layer in (*m.layers, *(layer for v in m.variants for layer in v.layers)):
         texts += [layer.name, layer.op, layer.workload, layer.kernel, layer.reason, layer.epilogue, layer.symbol]
         numbers += [layer.macs, layer.nnz, layer.weights, layer.stored_bytes]
-    m.to_json().encode()  # half a surrogate pair, which no file or terminal takes, is a ValueError
+    # Half a surrogate pair, which no file or terminal takes, is a ValueError here.
+    json.dumps([texts, m.options], ensure_ascii=False).encode()
     if not all(isinstance(t, str) for t in texts) or not all(type(n) is int and n >= 0 for n in numbers):
         raise ValueError
     tables = [(m.layers, m.calls), *((v.layers, v.calls) for v in m.variants)]

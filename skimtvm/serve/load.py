@@ -27,6 +27,7 @@ from typing import Any
 from .engines import NAMES, describe, open_engine
 from .load_client import Connection, Malformed, NoAnswer, Valid, malformed
 from .metrics import resident_bytes
+from .pool import child_environment
 
 MALFORMED_SHARE = 0.2
 JSON_SHARE = 0.1  # of the valid requests
@@ -84,10 +85,9 @@ class Server:
     def __init__(self, arguments: list[str], log: Path) -> None:
         self.log = log
         command = [sys.executable, "-m", "skimtvm", "serve", *arguments, "--port", "0", "--no-access-log"]
-        path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
         with open(log, "wb") as f:
             self.process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=f, stderr=f, env={**os.environ, "PYTHONPATH": path}
+                command, stdin=subprocess.DEVNULL, stdout=f, stderr=f, env=child_environment()
             )
 
     def wait(self, limit: float = 300.0) -> dict[str, Any]:

@@ -19,10 +19,10 @@ from .logs import log
 from .signature import Slot, slot_bytes
 from .worker import MAX_MESSAGE, RESULT, TASK, Config, Hello, read_hello, receive_hello
 
+HUGE_PAGES = "glibc.malloc.hugetlb"
 START_LIMIT = 300.0  # seconds for a worker to load and warm up
 STOP_LIMIT = 5.0  # seconds for a worker to end after its socket is closed
 _BACKOFF = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0)  # seconds before the n-th start in a row that did not last
-HUGE_PAGES = "glibc.malloc.hugetlb"
 _LASTS = 30.0  # seconds after which a worker counts as one that lasted
 
 
@@ -265,15 +265,20 @@ async def _readable(connection: socket.socket) -> None:
         loop.remove_reader(connection)
 
 
-def worker_environment() -> dict[str, str]:
-    """That of this process, with the package in the path, and with huge pages for what a worker allocates (glibc 2.35 and
-    newer, where Linux gives them on request) unless the user has said otherwise: 3 to 6% less time at batch 16."""
+def child_environment() -> dict[str, str]:
+    """That of this process, with this package in the path."""
     package = str(Path(__file__).parents[2])
     path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "PYTHONPATH": path}
+
+
+def worker_environment() -> dict[str, str]:
+    """The same with huge pages for what a worker allocates (glibc 2.35 and newer, where Linux gives them on request)
+    unless the user has said otherwise: docs/deploy.md says what they bring."""
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     if HUGE_PAGES not in tunables:
         tunables = ":".join(filter(None, [tunables, f"{HUGE_PAGES}=1"]))
-    return {**os.environ, "PYTHONPATH": path, "GLIBC_TUNABLES": tunables}
+    return child_environment() | {"GLIBC_TUNABLES": tunables}
 
 
 async def _launch(back: socket.socket) -> asyncio.subprocess.Process:
