@@ -156,6 +156,12 @@ def _sink_binary(graph: Graph, var: Any, call: Any) -> Any:
         return relax.op.reshape(like(call, xs), shape)
     at = 0 if xs[0] is not None else 1
     numbers = call.args[1 - at]
+    if not is_const(numbers) and xs[at] is not None and shape_of(left) == shape_of(right):
+        before = shape_of(xs[at])
+        if len(before) != 4 or len(shape) == 4 or not _same_without_ones(before, shape):
+            return None  # only towards the form that layers have
+        other = relax.op.reshape(numbers, before)
+        return relax.op.reshape(like(call, [xs[at], other] if at == 0 else [other, xs[at]]), shape)
     if xs[at] is None or not is_const(numbers) or shape_of(call.args[at]) != shape:
         return None
     moved = _sink_const(numbers, shape_of(xs[at]), shape)
@@ -190,6 +196,19 @@ def _sink_mean(graph: Graph, var: Any, call: Any) -> Any:
     return relax.op.reshape(pooled, shape_of(var)) if bool(call.attrs.keepdims) else pooled
 
 
+def _sink_norm(graph: Graph, var: Any, call: Any) -> Any:
+    """Normalisation over the channels, axis 1 on both sides of the reshape."""
+    x = _reshaped(graph, call.args[0])
+    if x is None or [a % len(shape_of(var)) for a in ints(call.attrs.axes)] != [1]:
+        return None
+    before, after = shape_of(x), shape_of(var)
+    if len(before) < 2 or before[:2] != after[:2]:
+        return None
+    a = call.attrs
+    norm = relax.op.nn.layer_norm(x, *call.args[1:], [1], float(a.epsilon), bool(a.center), bool(a.scale))
+    return relax.op.reshape(norm, after)
+
+
 class _DenseForms(Rewriter):
     """``rewrites`` counts converted layers and moved reshapes."""
 
@@ -201,6 +220,7 @@ class _DenseForms(Rewriter):
             "nn.max_pool1d": [_pool1d],
             "nn.avg_pool1d": [_pool1d],
             "concat": [_sink_concat],
+            "nn.layer_norm": [_sink_norm],
             "mean": [_sink_mean],
             "max": [_sink_mean],
             **{name: [_sink_unary] for name in UNARY},

@@ -19,6 +19,7 @@ from tvm import relax
 from ..schedules.pointwise import OPS
 from ..schedules.winograd import BRIEF
 from ._utils import Graph, dtype_of, is_const, op_name, shape_of, tensor_leaves
+from .matrix_views import is_factor
 
 Accept = Callable[[Any, dict[Any, None]], bool]  # (value, members so far): whether it may join them
 MAX_MEMBERS = 16  # longer chains are cut: registers hold the operands of an epilogue
@@ -160,6 +161,8 @@ class FuseLayers:
         for var in finder.order:
             if var not in finder.owner and elementwise(graph.defs[var]) and len(shape_of(var)) == 4:
                 members = finder.grow(var, lambda u, members: True)
+                if len(members) == 1 and is_factor(graph, var):
+                    continue
                 finder.claim(members)
                 groups.append(("pointwise", members))
         groups.sort(key=lambda g: finder.position[g[1][0]])

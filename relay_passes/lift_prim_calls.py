@@ -62,6 +62,14 @@ def _lift_min_max(store: Any, call: Any, var: Any) -> Any:
     return kind(data, bound) if data is not None and bound is not None and len(args) <= 2 else None
 
 
+def _lift_copy(store: Any, call: Any, var: Any) -> Any:
+    """Padding by nothing."""
+    args = call_args(call)
+    copies = len(args) == 1 and _is_load(store.value) and _same_index(store.value.indices, store.indices)
+    same = copies and (shape_of(args[0]), dtype_of(args[0])) == (shape_of(var), dtype_of(var))
+    return args[0] if same else None
+
+
 def _lift_pad(store: Any, call: Any, var: Any) -> Any:
     expr, args = store.value, call_args(call)
     is_select = isinstance(expr, tvm.ir.Call) and isinstance(expr.op, Op) and expr.op.name.endswith("if_then_else")
@@ -130,7 +138,7 @@ def _lift(graph: Graph, var: Any, call: Any) -> Any:
     store = _single_store(func)
     if store is None:
         return None
-    lifts = (_lift_min_max, _lift_pad, _lift_replicate)
+    lifts = (_lift_copy, _lift_min_max, _lift_pad, _lift_replicate)
     return next((new for lift in lifts if (new := lift(store, call, var)) is not None), None)
 
 

@@ -18,18 +18,20 @@ from tvm import relax
 from .. import winograd
 from ..chooser import Choice
 from ..kernels import FEW_ROWS
-from ..layout import Phases, natural
+from ..layout import Layout, Phases, natural
 from ..report import LayerRecord
 from ..schedules import conv2d as conv
 from ..schedules import interleaved, moves
+from ..schedules.matmul import Matrices, emit_product
 from ..schedules.pointwise import Slot, emit_pointwise
 from ..schedules.sites import AnyKnobs, Built, Call, ConvSite, FcSite, PlacedSite, Site, WinogradSite
 from ..target import CpuTarget
 from ..workload import WinogradWorkload
-from ._utils import Graph, shape_of, substitute, tensor_leaves
+from ._utils import Graph, shape_of, substitute, tensor_leaves, value
 from .bands import BandOrder, Move, Step, taps
 from .flat_values import FlatValues, text
 from .layers import Layer
+from .matrix_views import View
 from .nodes import Node, classify, nchw
 from .plan_layouts import Plan
 
@@ -163,9 +165,6 @@ class _Lowering(FlatValues):
             calls.append(Call(tuple(values), (begin, end) if fresh else (0, 0)))
         return tuple(calls)
 
-    def _choice(self, layer: Layer) -> Choice:
-        return self.choices[layer.name]
-
     def _record(self, n: Node, op: str, **more: Any) -> LayerRecord:
         layer = n.layer
         epilogue = str(layer.program) if layer is not None else ""
@@ -189,7 +188,7 @@ class _Lowering(FlatValues):
         layer, wl = n.layer, n.workload
         assert layer is not None and layer.weight is not None
         channels: tuple[int, ...] | None = None
-        choice = self._choice(layer)
+        choice = self.choices[layer.name]
         x = n.inputs[0]
         phases = conv.phases(wl)
         if phases is not None and self.plan.interleave == 1:
@@ -275,7 +274,7 @@ class _Lowering(FlatValues):
     def _lower_fc(self, n: Node) -> None:
         layer, wl = n.layer, n.workload
         assert layer is not None and layer.weight is not None
-        choice = self._choice(layer)
+        choice = self.choices[layer.name]
         site = FcSite(
             kernel=choice.kernel, stored=choice.stored, workload=wl, weight=layer.weight, epilogue=layer.program,
             residuals=len(n.inputs) - 1, layer=layer.name,
@@ -325,6 +324,11 @@ class _Lowering(FlatValues):
     def _lower_lrn(self, n: Node) -> None:
         self._simple(n, "lrn", lambda s, d: moves.emit_lrn(n.workload, s, d, self.target))
 
+    def _lower_norm(self, n: Node) -> None:
+        tables = [value(a) for a in n.args]
+        op = "layer_norm" if n.workload.centred else "rms_norm"
+        self._simple(n, op, lambda s, d: moves.emit_norm(n.workload, s, d, self.target), tables)
+
     def _lower_mean(self, n: Node) -> None:
         buffer, src = self._contiguous(n.inputs[0])
         layout = natural(*nchw(n.inputs[0])[:2], 1, 1)
@@ -336,6 +340,33 @@ class _Lowering(FlatValues):
         place = self.plan.place(n.var)
         if place is not None:
             self._import(n.var, place)
+
+    def _lower_matmul(self, n: Node) -> None:
+        product = n.workload
+        (a, at), (b, bt) = (self._matrices(v) for v in (product.a, product.b))
+        place = self.plan.places[n.var] if product.result.flat else None
+        direct = place is not None and not place.layout.zero_halo  # the kernel leaves what is no pixel as it was
+        layout: Layout | None = None
+        if place is not None and direct:
+            layout, size, channel = place.layout, place.root_layout.size, place.channel
+        else:
+            layout, size, channel = natural(*nchw(n.var)) if place else None, product.size, 0
+        work = product.work(at, bt, product.result.matrices(layout, size, channel))
+        name, make = f"f32_matmul_{self.target.isa}", partial(emit_product, work, self.target)
+        record = LayerRecord(self.name_of[n.var], "matmul", str(product))
+        if direct:
+            self._write(n.var, work, name, make, [a, b], record)
+        else:
+            flat = self._call(work, name, make, [a, b], size, record)
+            self.tensors[n.var] = self.bb.emit(relax.op.reshape(flat, shape_of(n.var)))
+
+    def _matrices(self, view: View) -> tuple[Any, Matrices]:
+        """The buffer of an operand and where it lies in it."""
+        if view.flat:
+            buffer, slot = self._contiguous(view.root)
+            return buffer, view.matrices(slot.layout, slot.size, slot.channel)
+        size = int(np.prod(shape_of(view.root)))
+        return self.bb.emit(relax.op.reshape(self.tensor(view.root), (size,))), view.matrices(None, size)
 
     def _lower_concat(self, n: Node) -> None:
         place = self.plan.places[n.var]

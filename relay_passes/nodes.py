@@ -13,15 +13,19 @@ import tvm
 from tvm import relax
 
 from ..schedules import resize
-from ..workload import ConvWorkload, DenseWorkload, LRNWorkload, PoolWorkload
+from ..workload import ConvWorkload, DenseWorkload, LRNWorkload, NormWorkload, PoolWorkload
 from ._utils import Graph, dtype_of, ints, is_const, op_name, shape_of, value
 from .layers import Layer, _padding, read_layer
+from .matrix_views import is_rename, read_product
+
+_PLACED = frozenset(("conv2d", "pointwise", "pool", "resize", "lrn", "norm", "concat", "view"))
 
 
 @dataclass(eq=False)
 class Node:
-    """``kind``: conv2d, pointwise, pool, resize, lrn, mean, concat, view (channels of another value), fc (dense rows), skip
-    (handled by its readers) or opaque. ``inputs``: values read in flat form, in the order of the kernel."""
+    """``kind``: conv2d, pointwise, pool, resize, lrn, norm, mean, concat, view (channels of another value), matmul (of
+    activations), fc (dense rows), skip (handled by its readers) or opaque. ``inputs``: values read in flat form, in the
+    order of the kernel."""
 
     kind: str
     var: Any
@@ -53,7 +57,35 @@ def classify(graph: Graph, few_rows: int) -> list[Node]:
             users = graph.users.get(n.var, {})
             if users and all(u in views for u in users) and not any(n.var.same_as(r) for r in [graph.result]):
                 n.kind = "skip"
+    _find_products(graph, nodes)
     return nodes
+
+
+def _find_products(graph: Graph, nodes: list[Node]) -> None:
+    """Products that read or write the values of kernels where they lie; what stands between is not computed."""
+    flat = {n.var for n in nodes if n.kind in _PLACED and is_activation(n.var)}
+    read = {v for n in nodes for v in n.inputs}
+    whole: set[Any] = set()  # ordinary tensors that products read
+    for n in nodes:
+        op = op_name(graph.defs[n.var]) if n.kind == "opaque" else ""
+        if op == "matmul" or (op == "reshape" and n.var in read):
+            product = read_product(graph, n.var, flat)
+            if product is None:
+                continue
+            views = product.a, product.b
+            n.kind, n.workload, n.inputs = "matmul", product, [v.root for v in views if v.flat]
+            whole |= {v.root for v in views if not v.flat}
+            if product.result.flat:
+                flat.add(n.var)
+    by_var = {n.var: n for n in nodes}
+    for n in reversed(nodes):
+        users = [by_var[u] for u in graph.users.get(n.var, ())]
+        if n.kind == "matmul" and len(users) == 1 and users[0].kind == "matmul" and users[0].workload.result.flat:
+            inner = op_name(graph.defs[users[0].var]) == "reshape"
+            if inner and graph.defs[users[0].var].args[0] == n.var:  # computed where the reshape lies
+                n.kind, n.workload, n.inputs = "skip", None, []
+        elif n.kind == "opaque" and users and all(u.kind in ("matmul", "skip") for u in users):
+            n.kind = "skip" if n.var not in whole and is_rename(graph, n.var) else n.kind
 
 
 def _classify(graph: Graph, var: Any, few_rows: int) -> Node:
@@ -145,6 +177,19 @@ def _mean(var: Any, call: Any) -> Node | None:
     return Node("mean", var, [call.args[0]])
 
 
+def _norm(var: Any, call: Any) -> Node | None:
+    """Layer norm or RMS norm over the channels, with constant scale and shift."""
+    a, (x, *parameters) = call.attrs, call.args
+    if not is_activation(x) or is_const(x) or [i % 4 for i in ints(a.axes)] != [1]:
+        return None
+    if not all(is_const(p) and shape_of(p) == (shape_of(x)[1],) and dtype_of(p) == "float32" for p in parameters):
+        return None
+    centred = op_name(call) == "nn.layer_norm"
+    if centred and not (a.center and a.scale):
+        return None
+    return Node("norm", var, [x], workload=NormWorkload(float(a.epsilon), centred), args=parameters)
+
+
 def _concat(var: Any, call: Any) -> Node | None:
     if not isinstance(call.args[0], relax.Tuple) or not is_activation(var) or int(call.attrs.axis or 0) % 4 != 1:
         return None
@@ -193,6 +238,8 @@ def _strided_slice(var: Any, call: Any) -> Node | None:
 _HANDLERS = {
     "nn.max_pool2d": _pool("max"),
     "nn.avg_pool2d": _pool("avg"),
+    "nn.layer_norm": _norm,
+    "nn.rms_norm": _norm,
     "mean": _mean,
     "image.resize2d": _resize,
     "concat": _concat,

@@ -56,7 +56,9 @@ class _Union:
             self.parent[b] = a
 
 
-WRITERS = frozenset(("conv2d", "pointwise", "pool", "resize", "lrn", "concat"))  # kernels that can write into a slice
+WRITERS = frozenset(
+    ("conv2d", "pointwise", "pool", "resize", "lrn", "norm", "concat")
+)  # kernels that can write into a slice
 
 
 INTERLEAVABLE = frozenset(("conv2d", "pointwise", "pool", "concat", "view", "mean", "fc", "skip", "opaque"))
@@ -140,7 +142,7 @@ class Plan:
             self._add(t, nchw(t))
             self.spaces.join(t, n.var)
 
-    _visit_lrn = _visit_pointwise
+    _visit_lrn = _visit_norm = _visit_pointwise
 
     def _visit_pool(self, n: Node) -> None:
         self._add(n.var, nchw(n.var))
@@ -150,6 +152,10 @@ class Plan:
 
     def _visit_mean(self, n: Node) -> None:
         self._add(n.inputs[0], nchw(n.inputs[0]))
+
+    def _visit_matmul(self, n: Node) -> None:
+        for var in (*n.inputs, *([n.var] if n.workload.result.flat else [])):
+            self._add(var, nchw(var))
 
     def _visit_concat(self, n: Node) -> None:
         self._visit_pointwise(n)

@@ -18,6 +18,7 @@ from .lift_prim_calls import LiftPrimCalls
 from .outline_lrn import OutlineLRN
 from .simplify_noise import SimplifyNoise
 from .to_nchw import ToNCHW
+from .token_layout import TokenLayout
 
 # The order inside a round: lifted calls and folded constants are what the others match; LRN and ChannelShuffle are
 # known by shapes that the noise rules would respell; batch_norm folds before its neighbours move.
@@ -35,8 +36,13 @@ STAGES: tuple[Any, ...] = (
 )
 
 
+# Whether tokens run with channels outermost is decided when the rest has settled, and before dense layers lose their
+# batch axes.
+PHASES = (tuple(s for s in STAGES if s is not DenseForms), (TokenLayout,), STAGES)
+
+
 class _Simplify(Rewriter):
-    """Every stage in turn until a round changes nothing. ``counts``: rewrites by stage name."""
+    """The stages of each phase in turn until a round changes nothing. ``counts``: rewrites by stage name."""
 
     max_rounds = 12
 
@@ -46,7 +52,10 @@ class _Simplify(Rewriter):
 
     def run(self, graph: Graph) -> None:
         self.counts = {}
-        stages = [stage.rewriter() for stage in STAGES]
+        for phase in PHASES:
+            self._settle(graph, [stage.rewriter() for stage in phase])
+
+    def _settle(self, graph: Graph, stages: list[Any]) -> None:
         for _ in range(self.max_rounds):
             before = self.rewrites
             for stage in stages:

@@ -10,7 +10,6 @@ permute_dims never grows: if it would, the graph is left as it was.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,6 @@ from ._utils import (
     Rewriter,
     Rule,
     const,
-    dtype_of,
     graph_pass,
     ints,
     is_const,
@@ -31,150 +29,20 @@ from ._utils import (
     op_name,
     shape_of,
     value,
-    with_span,
 )
 from .simplify_noise import permutation
+from .transpose_rules import (
+    DOWN,
+    REDUCTIONS,
+    before_merge,
+    inverse,
+    move_pad,
+    only_moves_ones,
+    transposed,
+    untransposed,
+)
 
-_REDUCTIONS = ("mean", "sum", "max", "min", "prod", "variance", "std")
-_TO_NHWC = [0, 2, 3, 1]
-
-
-def inverse(axes: Sequence[int]) -> list[int]:
-    return [list(axes).index(i) for i in range(len(axes))]
-
-
-def only_moves_ones(shape: Sequence[int], axes: Sequence[int]) -> bool:
-    """The transposition does not change the order of the elements in memory."""
-    moved = [a for a in axes if shape[a] != 1]
-    return moved == sorted(moved)
-
-
-def _transposed(graph: Graph, expr: Any) -> tuple[Any, list[int]] | None:
-    """(x, axes) when ``expr`` is permute_dims(x, axes) that may move down (not the one of a network input)."""
-    call = graph.get(expr)
-    if op_name(call) != "permute_dims" or graph.is_param(call.args[0]):
-        return None
-    return call.args[0], permutation(call)
-
-
-def _untransposed(graph: Graph, expr: Any, axes: list[int]) -> Any:
-    """A cheap ``y`` with permute_dims(y, axes) == expr (up to broadcasting of leading axes), or None."""
-    rank, back = len(axes), inverse(axes)
-    shape = shape_of(expr)
-    if len(shape) > rank:
-        return None
-    full = (1,) * (rank - len(shape)) + shape
-    if is_const(expr):
-        return const(value(expr).reshape(full).transpose(back), dtype_of(expr)) if shape else expr
-    known = _transposed(graph, expr)
-    if known is not None and known[1] == axes:
-        return known[0]
-    for user in graph.users.get(expr, ()):
-        twin = graph.get(user)
-        if op_name(twin) == "permute_dims" and permutation(twin) == back:
-            return user
-    if only_moves_ones(full, back):
-        return relax.op.reshape(expr, [full[a] for a in back])
-    return None
-
-
-def _down_unary(graph: Graph, var: Any, call: Any) -> Any:
-    x, axes = _transposed(graph, call.args[0])  # type: ignore[misc]
-    return relax.op.permute_dims(like(call, [x, *list(call.args)[1:]]), axes)
-
-
-def _down_binary(graph: Graph, var: Any, call: Any) -> Any:
-    axes = next(t[1] for a in call.args if (t := _transposed(graph, a)) is not None)
-    if len(shape_of(var)) != len(axes):
-        return None
-    args = [_untransposed(graph, a, axes) for a in call.args]
-    return None if any(a is None for a in args) else relax.op.permute_dims(like(call, args), axes)
-
-
-def _down_concat(graph: Graph, var: Any, call: Any) -> Any:
-    fields = list(graph.get(call.args[0]).fields)
-    axes = next(t[1] for a in fields if (t := _transposed(graph, a)) is not None)
-    args = [_untransposed(graph, a, axes) for a in fields]
-    if any(a is None for a in args):
-        return None
-    axis = int(call.attrs.axis or 0) % len(axes)
-    return relax.op.permute_dims(relax.op.concat(args, axes[axis]), axes)
-
-
-def _down_slice(graph: Graph, var: Any, call: Any) -> Any:
-    x, axes = _transposed(graph, call.args[0])  # type: ignore[misc]
-    which, *bounds = ([int(getattr(f, "value", f)) for f in a.fields] for a in call.args[1:])
-    moved = [axes[a % len(axes)] for a in which]
-    sliced = relax.op.strided_slice(x, moved, *bounds, assume_inbound=bool(call.attrs.assume_inbound))
-    return relax.op.permute_dims(sliced, axes)
-
-
-def _move_pad(call: Any, x: Any, axes: Sequence[int]) -> Any:
-    """The padding of ``x`` when ``call`` pads permute_dims(x, axes)."""
-    width = ints(call.attrs.pad_width)
-    moved = [0] * len(width)
-    for i, a in enumerate(axes):
-        moved[2 * a : 2 * a + 2] = width[2 * i : 2 * i + 2]
-    return relax.op.nn.pad(x, moved, str(call.attrs.pad_mode), float(call.attrs.pad_value))
-
-
-def _down_pad(graph: Graph, var: Any, call: Any) -> Any:
-    x, axes = _transposed(graph, call.args[0])  # type: ignore[misc]
-    return relax.op.permute_dims(_move_pad(call, x, axes), axes)
-
-
-def _down_reduction(graph: Graph, var: Any, call: Any) -> Any:
-    x, axes = _transposed(graph, call.args[0])  # type: ignore[misc]
-    which = ints(call.attrs.axis) if call.attrs.axis is not None else list(range(len(axes)))
-    which = [a % len(axes) for a in which]
-    keepdims = bool(call.attrs.keepdims)
-    reduced = getattr(relax.op, op_name(call))(x, sorted(axes[a] for a in which), keepdims)
-    if keepdims:
-        return relax.op.permute_dims(reduced, axes)
-    kept = [axes[i] for i in range(len(axes)) if i not in which]
-    order = [sorted(kept).index(a) for a in kept]
-    return reduced if order == sorted(order) else relax.op.permute_dims(reduced, order)
-
-
-def _down_softmax(graph: Graph, var: Any, call: Any) -> Any:
-    x, axes = _transposed(graph, call.args[0])  # type: ignore[misc]
-    op = {"nn.softmax": relax.op.nn.softmax, "nn.log_softmax": relax.op.nn.log_softmax}[op_name(call)]
-    return relax.op.permute_dims(op(x, axes[int(call.attrs.axis) % len(axes)]), axes)
-
-
-def _down_take(graph: Graph, var: Any, call: Any) -> Any:
-    x, axes = _transposed(graph, call.args[0])  # type: ignore[misc]
-    if call.attrs.axis is None or len(shape_of(call.args[1])) != 1:
-        return None
-    axis = axes[int(call.attrs.axis) % len(axes)]
-    return relax.op.permute_dims(relax.op.take(x, call.args[1], axis, str(call.attrs.mode)), axes)
-
-
-def _down_matmul(graph: Graph, var: Any, call: Any) -> Any:
-    """A dense layer over the channels of every pixel is a 1x1 convolution."""
-    known = _transposed(graph, call.args[0])
-    if known is None or known[1] != _TO_NHWC or not is_const(call.args[1]) or len(shape_of(call.args[1])) != 2:
-        return None
-    weight = np.ascontiguousarray(value(call.args[1]).T)[:, :, None, None]
-    conv = relax.op.nn.conv2d(known[0], const(weight), padding=[0, 0, 0, 0])
-    return relax.op.permute_dims(with_span(conv, call.span), _TO_NHWC)
-
-
-_DOWN: dict[str, Rule] = {
-    **dict.fromkeys(UNARY, _down_unary),
-    **dict.fromkeys(BINARY, _down_binary),
-    **dict.fromkeys(_REDUCTIONS, _down_reduction),
-    "concat": _down_concat,
-    "strided_slice": _down_slice,
-    "nn.pad": _down_pad,
-    "nn.softmax": _down_softmax,
-    "nn.log_softmax": _down_softmax,
-    "take": _down_take,
-    "matmul": _down_matmul,
-}
-
-
-_KEEPS_RANK = (set(_DOWN) | {"split"}) - {"matmul"}
+_KEEPS_RANK = (set(DOWN) | {"split"}) - {"matmul", "reshape"}
 
 
 def _operands(graph: Graph, call: Any) -> list[Any]:
@@ -189,8 +57,8 @@ def _operands(graph: Graph, call: Any) -> list[Any]:
 def _moved_down(graph: Graph, var: Any) -> Any:
     """``var`` computed before the transposes of its operands, or None when that is not possible."""
     call = graph.get(var)
-    rule = _DOWN.get(op_name(call))
-    if rule is None or not any(_transposed(graph, a) for a in _operands(graph, call)):
+    rule = DOWN.get(op_name(call))
+    if rule is None or not any(transposed(graph, a) for a in _operands(graph, call)):
         return None
     return rule(graph, var, call)
 
@@ -201,7 +69,7 @@ def _plan(graph: Graph) -> dict[Any, list[int]]:
     plan: dict[Any, list[int]] = {}
     for var in graph.order():
         call = graph.get(var)
-        known = _transposed(graph, var)
+        known = transposed(graph, var)
         if known is not None:
             plan[var] = known[1]
             continue
@@ -210,11 +78,13 @@ def _plan(graph: Graph) -> dict[Any, list[int]]:
             if graph.op(call.tuple_value) == "split" and call.tuple_value in plan:
                 plan[var] = plan[call.tuple_value]
             continue
-        if name not in _KEEPS_RANK or (name in _REDUCTIONS and not bool(call.attrs.keepdims)):
+        if name not in _KEEPS_RANK or (name in REDUCTIONS and not bool(call.attrs.keepdims)):
+            continue
+        if name == "take" and len(shape_of(call.args[1])) != 1:
             continue
         operands = _operands(graph, call)
         axes = next((plan[a] for a in operands if a in plan), None)
-        if axes is not None and all(plan.get(a) == axes or _untransposed(graph, a, axes) is not None for a in operands):
+        if axes is not None and all(plan.get(a) == axes or untransposed(graph, a, axes) is not None for a in operands):
             plan[var] = axes
     return plan
 
@@ -233,7 +103,22 @@ def _compose(graph: Graph, var: Any, call: Any) -> Any:
         return relax.op.permute_dims(inner.args[0], [first[a] for a in axes])
     if only_moves_ones(shape_of(call.args[0]), axes):
         return relax.op.reshape(call.args[0], shape_of(var))
-    return None
+    return _ones_stay(call, var)
+
+
+def _ones_stay(call: Any, var: Any) -> Any:
+    """A transposed tensor with its axes of size 1 where they stand in the result, so that equal transpositions look
+    alike. Images between NCHW and NHWC keep all their axes."""
+    source, target = shape_of(call.args[0]), shape_of(var)
+    if 1 not in target or permutation(call) in ([0, 2, 3, 1], [0, 3, 1, 2]):
+        return None
+    real = iter(a for a in range(len(source)) if source[a] != 1)
+    placed = [None if d == 1 else next(real) for d in target]  # axis of the source at each place of its canonical form
+    axes = [i if d == 1 else placed.index(a) for i, (a, d) in enumerate(zip(permutation(call), target, strict=True))]
+    if axes == permutation(call):
+        return None
+    shape = [1 if a is None else source[a] for a in placed]
+    return relax.op.permute_dims(relax.op.reshape(call.args[0], shape), axes)
 
 
 def _up(graph: Graph, var: Any, call: Any) -> Any:
@@ -252,7 +137,7 @@ def _up(graph: Graph, var: Any, call: Any) -> Any:
             current = step.args[0]
         elif name in BINARY and is_const(step.args[0]) != is_const(step.args[1]):
             current, numbers = step.args if is_const(step.args[1]) else (step.args[1], step.args[0])
-            moved = _untransposed(graph, numbers, back)
+            moved = untransposed(graph, numbers, back)
             if moved is None or shape_of(current) != shape_of(call.args[0]):
                 return None
             steps.append((step, moved))
@@ -263,7 +148,7 @@ def _up(graph: Graph, var: Any, call: Any) -> Any:
     result = relax.op.permute_dims(current, axes)
     for step, moved in reversed(steps):
         if op_name(step) == "nn.pad":
-            result = _move_pad(step, result, back)
+            result = move_pad(step, result, back)
         elif moved is None:
             result = like(step, [result, *list(step.args)[1:]])
         else:
@@ -331,13 +216,13 @@ class _ToNCHW(Rewriter):
         )
 
     def _down(self, graph: Graph, var: Any, call: Any) -> Any:
-        sources = [a for a in _operands(graph, call) if _transposed(graph, a) is not None]
+        sources = [a for a in _operands(graph, call) if transposed(graph, a) is not None]
         return _moved_down(graph, var) if any(self._disappears(graph, a) for a in sources) else None
 
     def _down_split(self, graph: Graph, var: Any, item: Any) -> Any:
         """Item of split(permute_dims(x)) -> permute_dims(item of split(x)); all items share one new split."""
         split = graph.get(item.tuple_value)
-        known = _transposed(graph, split.args[0]) if op_name(split) == "split" else None
+        known = transposed(graph, split.args[0]) if op_name(split) == "split" else None
         if known is None or not self._disappears(graph, split.args[0]):
             return None
         x, axes = known
@@ -349,11 +234,17 @@ class _ToNCHW(Rewriter):
             parts = relax.op.split(x, ints(sections) if hasattr(sections, "__len__") else int(sections), axis)
         return relax.op.permute_dims(relax.TupleGetItem(graph.emit(parts), item.index), axes)
 
+    def _merge(self, graph: Graph, var: Any, call: Any) -> Any:
+        """Two transposes with a reshape between them that merges axes become one, where the second stays."""
+        if not graph.single_use(call.args[0]) or self._disappears(graph, var):
+            return None
+        return before_merge(graph, call.args[0], permutation(call))
+
     def rules(self) -> dict[str, list[Rule]]:
-        table: dict[str, list[Rule]] = {name: [self._down] for name in _DOWN}
+        table: dict[str, list[Rule]] = {name: [self._down] for name in DOWN}
         table["matmul"] = [_flatten_dense, self._down]
         table["TupleGetItem"] = [self._down_split]
-        table["permute_dims"] = [_compose, _up]
+        table["permute_dims"] = [_compose, self._merge, _up]
         return table
 
 

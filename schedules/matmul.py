@@ -1,8 +1,9 @@
-"""Dense float32 matrix product of two activations: C[b] = A[b] @ B[b] on natural row-major layouts.
+"""Dense float32 matrix product of two activations: C[b] = scale * A[b] @ B[b], each where and as it lies.
 
 Register blocking: ``rows`` x ``vectors`` accumulators, one buffer a row (TVM keeps only small buffers in registers), K
 innermost and serial, no packing: a panel of B is read from L2 at 8 bytes a cycle, a quarter of what the core can take.
-The last vector of a row of C is masked, leftover rows are a second variant of the micro-kernel.
+A comes as single floats, so that its rows and columns may have any stride; rows of B and C are contiguous. The last vector
+of a row of C is masked, leftover rows are a second variant of the micro-kernel.
 Measured on one Zen 4 thread: 256x256x256 at 106-113 of 118 GFLOP/s.
 """
 
@@ -56,6 +57,37 @@ class MatmulShape:
         return self.batch * self.m * self.n * self.k
 
 
+@dataclass(frozen=True)
+class Matrices:
+    """Where one operand of a batch of products lies in its buffer of ``size`` floats: element (i, j) of the matrix at the
+    position (p, q, ..) of the batch is at ``first`` + p * ``batch``[0] + q * ``batch``[1] + .. + i * ``row`` + j *
+    ``column``."""
+
+    size: int
+    row: int
+    column: int = 1
+    batch: tuple[int, ...] = ()
+    first: int = 0
+
+
+@dataclass(frozen=True)
+class Product:
+    """``extents`` of the batch; A [m, k], B [k, n] and C [m, n] of each position."""
+
+    m: int
+    n: int
+    k: int
+    a: Matrices
+    b: Matrices
+    c: Matrices
+    extents: tuple[int, ...] = ()
+    scale: float = 1.0
+
+    @property
+    def shape(self) -> MatmulShape:
+        return MatmulShape(math.prod(self.extents), self.m, self.n, self.k)
+
+
 def block_shape(shape: MatmulShape, target: CpuTarget) -> tuple[int, int]:
     """(rows, vectors) of the micro-kernel with the fewest estimated cycles."""
     accumulators = target.registers * 3 // 4
@@ -86,37 +118,39 @@ Starts = tuple[Any, Any, Any]  # offsets into A, B and C
 class _Micro:
     """Emits micro-kernels on flat views of the operands."""
 
-    def __init__(self, shape: MatmulShape, lanes: int, a: Any, b: Any, c: Any) -> None:
-        self.shape, self.lanes, self.a, self.b, self.c = shape, lanes, a, b, c
+    def __init__(self, product: Product, lanes: int, a: Any, b: Any, c: Any) -> None:
+        self.product, self.lanes, self.a, self.b, self.c = product, lanes, a, b, c
 
     def emit(self, rows: int, vectors: int, starts: Starts, *, masked: bool) -> None:
         """C[rows, vectors * lanes] from as many rows of A and columns of B; the last vector may be masked."""
         a0, b0, c0 = starts
-        n, k, lanes = self.shape.n, self.shape.k, self.lanes
-        rest = n % lanes
+        p, lanes = self.product, self.lanes
+        rest = p.n % lanes
         mask = tirx.get_active_lane_mask(f"uint1x{lanes}", tirx.const(0, "int32"), tirx.const(rest, "int32"))
         acc = [B.alloc_buffer((vectors * lanes,), "float32") for _ in range(rows)]
         for r in range(rows):
             for v in range(vectors):
                 B.buffer_store(acc[r], B.Broadcast(B.float32(0), lanes), [B.Ramp(v * lanes, 1, lanes)])
-        with B.serial(0, k) as step:
+        with B.serial(0, p.k) as step:
             columns = []
             for v in range(vectors):
-                index = B.Ramp(b0 + step * n + v * lanes, 1, lanes)
+                index = B.Ramp(b0 + step * p.b.row + v * lanes, 1, lanes)
                 if masked and v == vectors - 1:
                     value = B.masked_load(f"float32x{lanes}", self.b, index, mask)
                 else:
                     value = self.b[index]
                 columns.append(B.bind(value))
             for r in range(rows):
-                factor = B.bind(B.Broadcast(self.a[a0 + r * k + step], lanes))
+                factor = B.bind(B.Broadcast(self.a[a0 + r * p.a.row + step * p.a.column], lanes))
                 for v in range(vectors):
                     at = B.Ramp(v * lanes, 1, lanes)
                     B.buffer_store(acc[r], acc[r][at] + factor * columns[v], [at])
         for r in range(rows):
             for v in range(vectors):
-                index = B.Ramp(c0 + r * n + v * lanes, 1, lanes)
+                index = B.Ramp(c0 + r * p.c.row + v * lanes, 1, lanes)
                 value = acc[r][B.Ramp(v * lanes, 1, lanes)]
+                if p.scale != 1.0:
+                    value = value * B.Broadcast(B.float32(p.scale), lanes)
                 if masked and v == vectors - 1:
                     B.evaluate(B.masked_store(self.c, value, index, mask))
                 else:
@@ -127,12 +161,27 @@ def matmul(
     a_shape: Sequence[int], b_shape: Sequence[int], c_shape: Sequence[int], shape: MatmulShape, target: CpuTarget
 ) -> tirx.PrimFunc:
     """PrimFunc(A f32[a_shape], B f32[b_shape], C f32[c_shape]), batches flattened as ``shape`` says."""
-    lanes, n, k = target.lanes, shape.n, shape.k
+    m, n, k = shape.m, shape.n, shape.k
+    product = Product(
+        m,
+        n,
+        k,
+        Matrices(math.prod(a_shape), k, batch=(0 if shape.shared_a else m * k,)),
+        Matrices(math.prod(b_shape), n, batch=(0 if shape.shared_b else k * n,)),
+        Matrices(math.prod(c_shape), n, batch=(m * n,)),
+        (shape.batch,),
+    )
+    return emit_product(product, target, (a_shape, b_shape, c_shape))
+
+
+def emit_product(product: Product, target: CpuTarget, shapes: Sequence[Sequence[int]] | None = None) -> tirx.PrimFunc:
+    """PrimFunc(A, B, C): float32 buffers of ``shapes`` (default: flat)."""
+    shape, lanes = product.shape, target.lanes
     rows, width = block_shape(shape, target)
     blocks, rest_rows = divmod(shape.m, rows)
-    vectors = -(-n // lanes)
+    vectors = -(-shape.n // lanes)
     panels, rest_vectors = divmod(vectors, width)
-    ragged = n % lanes != 0
+    ragged = shape.n % lanes != 0
     if ragged and rest_vectors == 0:  # the masked panel is always the last one, and of a kind of its own
         panels, rest_vectors = panels - 1, width
     row_tasks = min(blocks, max(1, TASKS // shape.batch)) if blocks >= 4 or panels + bool(rest_vectors) < 4 else 1
@@ -144,20 +193,19 @@ def matmul(
     with IRBuilder() as ib, B.prim_func(s_tir=True):
         B.func_name("matmul")
         B.func_attr({"tirx.noalias": True, "op_pattern": 8, "tirx.is_scheduled": True})
+        operands = product.a, product.b, product.c
+        given = shapes or [(o.size,) for o in operands]
         args = []
-        for name, dims in (("A", a_shape), ("B", b_shape), ("C", c_shape)):
+        for name, dims in zip("ABC", given, strict=True):
             args.append(B.arg(name, B.Buffer(tuple(tirx.const(d, "int64") for d in dims), "float32")))
-        flat = [
-            B.decl_buffer((math.prod(d),), "float32", data=arg.data)
-            for arg, d in zip(args, (a_shape, b_shape, c_shape), strict=True)
-        ]
-        micro = _Micro(shape, lanes, *flat)
+        flat = [B.decl_buffer((o.size,), "float32", data=arg.data) for arg, o in zip(args, operands, strict=True)]
+        micro = _Micro(product, lanes, *flat)
 
         def rows_of(task: Any, starts: Starts, wide: int, masked: bool) -> None:
             a0, b0, c0 = starts
 
             def block(index: Any, count: int) -> None:
-                at = (a0 + index * (rows * k), b0, c0 + index * (rows * n))
+                at = (a0 + index * (rows * product.a.row), b0, c0 + index * (rows * product.c.row))
                 micro.emit(count, wide, at, masked=masked)
 
             with B.serial(0, per_task) as i:
@@ -193,17 +241,23 @@ def matmul(
             else:
                 panel_of(panel, task, starts, last=not panels)
 
+        def start(matrices: Matrices, position: Sequence[Any]) -> Any:
+            at = matrices.first
+            for stride, index in zip(matrices.batch, position, strict=True):
+                at = at + stride * index
+            return B.bind(at) if position else B.int32(at)
+
         total = shape.batch * row_tasks * panel_tasks
         loop = B.parallel if shape.macs >= MIN_PARALLEL and total > 1 else B.serial
         with loop(0, total) as job:
-            batch = B.bind(job // (row_tasks * panel_tasks))
+            rest = B.bind(job // (row_tasks * panel_tasks))
             panel = B.bind(job % (row_tasks * panel_tasks) // row_tasks)
             task = B.bind(job % row_tasks)
-            starts = (
-                B.bind(batch * (0 if shape.shared_a else shape.m * k)),
-                B.bind(batch * (0 if shape.shared_b else k * n)),
-                B.bind(batch * (shape.m * n)),
-            )
+            position: list[Any] = []
+            for extent in reversed(product.extents):
+                position.insert(0, rest % extent if len(position) + 1 < len(product.extents) else rest)
+                rest = rest // extent
+            starts = start(product.a, position), start(product.b, position), start(product.c, position)
             if panel_tasks > 1:
                 one_panel(panel, task, starts)
             else:

@@ -6,8 +6,8 @@ from typing import Any
 
 from ..layout import Phases
 from ..target import CpuTarget
-from ..workload import LRNWorkload, PoolWorkload
-from . import convert, interleaved, interleaved_pooling, lrn, pooling, reduce, resize
+from ..workload import LRNWorkload, NormWorkload, PoolWorkload
+from . import channel_norm, convert, interleaved, interleaved_pooling, lrn, pooling, reduce, resize
 from .pointwise import Slot
 
 
@@ -46,6 +46,10 @@ def emit_resize(workload: resize.ResizeWorkload, src: Slot, dst: Slot, target: C
 
 def emit_lrn(workload: LRNWorkload, src: Slot, dst: Slot, target: CpuTarget) -> Any:
     return lrn.emit_lrn(workload, src.layout, dst.layout, target=target, **_where(src, dst))
+
+
+def emit_norm(workload: NormWorkload, src: Slot, dst: Slot, target: CpuTarget) -> Any:
+    return channel_norm.emit_norm(workload, src, dst, target)
 
 
 def emit_global_avg_pool(src: Slot, dst: Slot, target: CpuTarget) -> Any:

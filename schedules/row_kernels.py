@@ -190,9 +190,9 @@ def softmax(shape: Sequence[int], rows: Rows, target: CpuTarget, log: bool = Fal
         return _kernel(
             "softmax", [shape, shape], rows.outer, rows.size, lambda f, r: _softmax_row(vec, rows, f, r, log)
         )
-    vectors = -(-rows.inner // target.lanes)
+    strips = -(-rows.inner // (UNROLL * target.lanes))
     return _kernel(
-        "softmax", [shape, shape], rows.outer * vectors, rows.size, lambda f, r: _softmax_column(vec, rows, f, r, log)
+        "softmax", [shape, shape], rows.outer * strips, rows.size, lambda f, r: _softmax_column(vec, rows, f, r, log)
     )
 
 
@@ -225,28 +225,61 @@ def _softmax_row(vec: _Vectors, rows: Rows, flat: list[Any], row: Expr, log: boo
 
 
 def _softmax_column(vec: _Vectors, rows: Rows, flat: list[Any], task: Expr, log: bool) -> None:
-    """One vector of neighbouring columns; the last vector of a row overlaps its neighbour or is masked."""
-    x, y = flat
-    vectors = -(-rows.inner // vec.lanes)
-    base = B.bind(task // vectors * (rows.length * rows.inner))
-    rest = rows.inner if rows.inner < vec.lanes else 0
-    # overlapping vectors compute the same values twice; two threads may store them, with equal results
-    first = B.bind(base + tirx.min(task % vectors * vec.lanes, tirx.const(max(rows.inner - vec.lanes, 0), "int32")))
-    whole = B.Ramp(0, 1, vec.lanes)
-    top, total = B.alloc_buffer((vec.lanes,), "float32"), B.alloc_buffer((vec.lanes,), "float32")
-    B.buffer_store(top, vec.constant(-math.inf), [whole])
-    B.buffer_store(total, vec.constant(0.0), [whole])
-    with B.serial(0, rows.length) as i:
-        B.buffer_store(top, _max(top[whole], vec.load(x, first + i * rows.inner, rest)), [whole])
-    with B.serial(0, rows.length) as i:
-        at = B.bind(first + i * rows.inner)
-        value = B.bind(vector_math.exp(vec.load(x, at, rest, 0.0) - top[whole]))
-        B.buffer_store(total, total[whole] + value, [whole])
-    shift = B.bind(vector_math.log(total[whole]) if log else vec.constant(1.0) / total[whole])
-    with B.serial(0, rows.length) as i:
-        at = B.bind(first + i * rows.inner)
-        value = B.bind(vec.load(x, at, rest, 0.0))
-        vec.store(y, value - top[whole] - shift if log else vector_math.exp(value - top[whole]) * shift, at, rest)
+    """A strip of UNROLL vectors of neighbouring columns; the last one is narrower and its last vector masked, so that no
+    two tasks touch one column and the exponentials can wait in the result for their sum."""
+    wide = UNROLL * vec.lanes
+    full, rest = divmod(rows.inner, wide)
+    strips = full + bool(rest)
+    base = B.bind(task // strips * (rows.length * rows.inner) + task % strips * wide)
+    if not full or not rest:
+        _softmax_strip(vec, rows, flat, base, rest or wide, log)
+        return
+    with B.If(task % strips < full):
+        with B.Then():
+            _softmax_strip(vec, rows, flat, base, wide, log)
+        with B.Else():
+            _softmax_strip(vec, rows, flat, base, rest, log)
+
+
+def _softmax_strip(vec: _Vectors, rows: Rows, flat: list[Any], first: Expr, width: int, log: bool) -> None:
+    """``width`` columns from address ``first``."""
+    (x, y), lanes = flat, vec.lanes
+    parts = [(v, min(lanes, width - v) % lanes) for v in range(0, width, lanes)]  # (offset, lanes if not all)
+    whole = B.Ramp(0, 1, lanes)
+
+    def sweep(start: float | None, step: Callable[[Any, int, Expr, int], None]) -> list[Any]:
+        """``step(accumulator, its number, address, lanes)`` for all elements of the strip, row by row."""
+        sums: list[Any] = [None] * len(parts)
+        if start is not None:
+            sums = [B.alloc_buffer((lanes,), "float32") for _ in parts]
+            for buffer in sums:
+                B.buffer_store(buffer, vec.constant(start), [whole])
+        with B.serial(0, rows.length) as i:
+            for number, (buffer, (offset, rest)) in enumerate(zip(sums, parts, strict=True)):
+                step(buffer, number, B.bind(first + i * rows.inner + offset), rest)
+        return [None if buffer is None else B.bind(buffer[whole]) for buffer in sums]
+
+    def highest(buffer: Any, _: int, at: Expr, rest: int) -> None:
+        B.buffer_store(buffer, _max(buffer[whole], vec.load(x, at, rest, 0.0)), [whole])
+
+    top = sweep(-math.inf, highest)
+
+    def add(buffer: Any, number: int, at: Expr, rest: int) -> None:
+        value = B.bind(vector_math.exp(vec.load(x, at, rest, 0.0) - top[number]))
+        B.buffer_store(buffer, buffer[whole] + value, [whole])
+        if not log:
+            vec.store(y, value, at, rest)
+
+    total = sweep(0.0, add)
+    shift = [B.bind(vector_math.log(t) if log else vec.constant(1.0) / t) for t in total]
+
+    def finish(_: Any, number: int, at: Expr, rest: int) -> None:
+        if log:
+            vec.store(y, vec.load(x, at, rest, 0.0) - top[number] - shift[number], at, rest)
+        else:
+            vec.store(y, vec.load(y, at, rest, 0.0) * shift[number], at, rest)
+
+    sweep(None, finish)
 
 
 def reduce(shape: Sequence[int], out_shape: Sequence[int], rows: Rows, kind: str, target: CpuTarget) -> tirx.PrimFunc:

@@ -247,6 +247,18 @@ class LRNWorkload(_Workload):
         return f"lrn {self.size} alpha {self.alpha:g} beta {self.beta:g} bias {self.bias:g}"
 
 
+@dataclass(frozen=True)
+class NormWorkload(_Workload):
+    """Normalisation of the C channels of every pixel, with a scale and a shift for each: layer norm, or with ``centred``
+    False RMS norm, which leaves the mean in and has no shift."""
+
+    epsilon: float
+    centred: bool = True
+
+    def __str__(self) -> str:
+        return f"{'layer' if self.centred else 'rms'} norm epsilon {self.epsilon:g}"
+
+
 WORKLOADS: dict[str, Any] = {
-    t.__name__: t for t in (ConvWorkload, WinogradWorkload, DenseWorkload, PoolWorkload, LRNWorkload)
+    t.__name__: t for t in (ConvWorkload, WinogradWorkload, DenseWorkload, PoolWorkload, LRNWorkload, NormWorkload)
 }

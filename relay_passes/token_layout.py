@@ -1,0 +1,169 @@
+"""Run transformers with channels outermost, the layout of the convolutions, where that moves less data.
+
+Every dense layer on tokens f32[N, T, C] becomes a 1x1 convolution on f32[N, C, 1, T] between two transposes, and the
+rules of ``to_nchw`` move the transposes until they meet. What is in the way is attention: with scores S = Q K' of
+f32[N, heads, T, T] everything but its input and its result would stay in token order. S' = K Q' costs the same, its
+softmax runs down the columns (no sums over the lanes of a vector), and V' S'' comes out with channels outermost.
+
+The change is kept if it moves fewer elements than dense layers in token order do, which turn their input and their
+result. A transposed first operand of a product of activations counts as nothing: that kernel reads it as it lies.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from tvm import relax
+
+from ..kernels import FEW_ROWS
+from ._utils import BINARY, UNARY, Graph, Rewriter, graph_pass, is_const, like, op_name, shape_of
+from .simplify_noise import SimplifyNoise, permutation
+from .to_nchw import ToNCHW
+from .transpose_rules import as_convolution, before_merge, inverse, swaps_last, transposed
+
+_TO_NCHW = [0, 3, 1, 2]
+
+
+def _shape(graph: Graph, var: Any) -> tuple[int, ...]:
+    """() for tuples."""
+    return shape_of(var) if isinstance(var.ty, relax.TensorType) else ()
+
+
+def _order(graph: Graph, var: Any) -> list[int] | None:
+    """Axes of the input of the dense layer ``var``, batch and channels first; None for what is no dense layer on tokens."""
+    call = graph.get(var)
+    if op_name(call) != "matmul" or not is_const(call.args[1]) or is_const(call.args[0]):
+        return None
+    shape = shape_of(call.args[0])
+    if len(shape_of(call.args[1])) != 2 or len(shape) not in (2, 3, 4) or math.prod(shape[:-1]) < FEW_ROWS:
+        return None
+    if len(shape) == 2:  # rows are the tokens of one image, or the images
+        params = [p for p in graph.func.params if shape_of(p)]
+        return [1, 0] if all(shape_of(p)[0] == 1 for p in params) else None
+    if len(shape) == 4:
+        return _TO_NCHW
+    known = transposed(graph, call.args[0])
+    tokens_first = shape[1] == 1 or (known is not None and known[1] == [1, 0, 2])
+    return [1, 2, 0] if tokens_first else [0, 2, 1]
+
+
+def _moved(graph: Graph) -> int:
+    """Elements that transposes, and dense layers in token order, move."""
+    total = 0
+    for var in graph.order():
+        call = graph.get(var)
+        if op_name(call) == "permute_dims" and not _free(graph, var, call):
+            total += math.prod(shape_of(var))
+        elif _order(graph, var):
+            total += math.prod(shape_of(var)) + math.prod(shape_of(call.args[0]))
+    return total
+
+
+def _free(graph: Graph, var: Any, call: Any) -> bool:
+    """Read by products of activations alone, as their first operand."""
+    readers = [graph.get(u) for u in graph.users[var]]
+    return (
+        swaps_last(permutation(call))
+        and not graph.is_result(var)
+        and all(op_name(r) == "matmul" and r.args[0] == var and r.args[1] != var for r in readers)
+    )
+
+
+def _turned(graph: Graph, var: Any, order: list[int]) -> Any:
+    """The dense layer as a convolution between transposes."""
+    call = graph.get(var)
+    turned = graph.emit(relax.op.permute_dims(call.args[0], order))
+    if len(order) > 2:
+        return relax.op.permute_dims(as_convolution(turned, call.args[1], call.span), inverse(order))
+    image = graph.emit(relax.op.reshape(turned, (1, *shape_of(turned))))
+    conv = as_convolution(image, call.args[1], call.span)
+    return relax.op.permute_dims(relax.op.reshape(conv, shape_of(var)[::-1]), order)
+
+
+def _with_axes(graph: Graph, var: Any) -> Any:
+    """A dense layer on rows that were tokens before a reshape: the reshape goes behind it."""
+    call = graph.get(var)
+    inner = graph.get(call.args[0])
+    if op_name(inner) != "reshape" or len(shape_of(var)) != 2:
+        return None
+    shape = shape_of(inner.args[0])
+    if len(shape) not in (3, 4) or shape[-1] != shape_of(call.args[0])[-1]:
+        return None
+    return relax.op.reshape(like(call, [inner.args[0], call.args[1]]), shape_of(var))
+
+
+def _feeds_product(graph: Graph, var: Any) -> bool:
+    """The scores reach, through elementwise operators and softmax, a product whose second operand is transposed."""
+    while graph.single_use(var):
+        reader = next(iter(graph.users[var]))
+        call = graph.get(reader)
+        if op_name(call) == "matmul":
+            known = transposed(graph, call.args[1])
+            return call.args[0] == var and known is not None and swaps_last(known[1])
+        same = op_name(call) == "reshape" and shape_of(var)[-2:] == shape_of(reader)[-2:]
+        if not same and op_name(call) not in UNARY | BINARY | {"nn.softmax"}:
+            return False
+        var = reader
+    return False
+
+
+class _TokenLayout(Rewriter):
+    """``rewrites`` counts the dense layers and the products that were turned."""
+
+    def run(self, graph: Graph) -> None:
+        if not any(_order(graph, v) for v in graph.order()):
+            return
+        before, state = _moved(graph), graph.snapshot()
+        for var in graph.order():
+            if op_name(graph.get(var)) == "matmul" and is_const(graph.get(var).args[1]):
+                axes = _with_axes(graph, var)
+                if axes is not None:
+                    graph.replace(var, axes)
+        for var in graph.order():
+            joined = before_merge(graph, var, _TO_NCHW) if len(_shape(graph, var)) == 4 else None
+            if joined is not None:  # windows become an image again
+                graph.replace(var, relax.op.permute_dims(joined, inverse(_TO_NCHW)))
+        layers = [(v, order) for v in graph.order() if (order := _order(graph, v))]
+        for var, order in layers:
+            graph.replace(var, _turned(graph, var, order))
+        self._settle(graph)
+        products = self._turn_products(graph)
+        if _moved(graph) < before:
+            self.rewrites += len(layers) + products
+        else:
+            graph.restore(state)
+
+    def _turn_products(self, graph: Graph) -> int:
+        """S = A B as the transpose of B' A', where A is transposed and V behind the softmax is, too."""
+        before, state, count = _moved(graph), graph.snapshot(), 0
+        for var in graph.order():
+            call = graph.get(var)
+            left = transposed(graph, call.args[0]) if op_name(call) == "matmul" else None
+            if left is None or not swaps_last(left[1]) or is_const(call.args[1]) or not _feeds_product(graph, var):
+                continue
+            axes = left[1]
+            if len(shape_of(call.args[1])) == len(axes):
+                turned = relax.op.matmul(relax.op.permute_dims(call.args[1], axes), left[0])
+                graph.replace(var, relax.op.permute_dims(turned, axes))
+                count += 1
+        if count:
+            self._settle(graph)
+        if _moved(graph) <= before:
+            return count
+        graph.restore(state)
+        return 0
+
+    @staticmethod
+    def _settle(graph: Graph) -> None:
+        """Let transposes and reshapes meet."""
+        stages = [SimplifyNoise.rewriter(), ToNCHW.rewriter()]
+        while True:
+            before = sum(s.rewrites for s in stages)
+            for stage in stages:
+                stage.run(graph)
+            if sum(s.rewrites for s in stages) == before:
+                return
+
+
+TokenLayout = graph_pass("SkimTokenLayout")(_TokenLayout)
