@@ -34,6 +34,7 @@ from ._utils import (
     value,
     with_span,
 )
+from .transpose_rules import normalised
 
 
 def _conv_to_dense(graph: Graph, var: Any, call: Any) -> Any:
@@ -150,11 +151,9 @@ def _sink_binary(graph: Graph, var: Any, call: Any) -> Any:
     left, right = call.args
     shape = shape_of(var)
     xs = [_reshaped(graph, a) for a in (left, right)]
-    if xs[0] is not None and xs[1] is not None:
-        if shape_of(xs[0]) != shape_of(xs[1]) or shape_of(left) != shape_of(right):
-            return None
-        return relax.op.reshape(like(call, xs), shape)
-    at = 0 if xs[0] is not None else 1
+    if xs[0] is not None and xs[1] is not None and shape_of(xs[0]) == shape_of(xs[1]):
+        return relax.op.reshape(like(call, xs), shape) if shape_of(left) == shape_of(right) else None
+    at = 0 if xs[0] is not None and (xs[1] is None or len(shape_of(xs[0])) == 4) else 1
     numbers = call.args[1 - at]
     if not is_const(numbers) and xs[at] is not None and shape_of(left) == shape_of(right):
         before = shape_of(xs[at])
@@ -197,15 +196,15 @@ def _sink_mean(graph: Graph, var: Any, call: Any) -> Any:
 
 
 def _sink_norm(graph: Graph, var: Any, call: Any) -> Any:
-    """Normalisation over the channels, axis 1 on both sides of the reshape."""
-    x = _reshaped(graph, call.args[0])
-    if x is None or [a % len(shape_of(var)) for a in ints(call.attrs.axes)] != [1]:
+    """Normalisation over what is the channels, axis 1, before the reshape."""
+    x, after = _reshaped(graph, call.args[0]), shape_of(var)
+    axes = [a % len(after) for a in ints(call.attrs.axes)]
+    if x is None or len(axes) != 1 or not _same_without_ones(shape_of(x), after) or after[axes[0]] == 1:
         return None
-    before, after = shape_of(x), shape_of(var)
-    if len(before) < 2 or before[:2] != after[:2]:
+    real = [i for i, d in enumerate(shape_of(x)) if d != 1]
+    if real[sum(d != 1 for d in after[: axes[0]])] != 1:
         return None
-    a = call.attrs
-    norm = relax.op.nn.layer_norm(x, *call.args[1:], [1], float(a.epsilon), bool(a.center), bool(a.scale))
+    norm = normalised(call, x, [1])
     return relax.op.reshape(norm, after)
 
 
@@ -221,6 +220,7 @@ class _DenseForms(Rewriter):
             "nn.avg_pool1d": [_pool1d],
             "concat": [_sink_concat],
             "nn.layer_norm": [_sink_norm],
+            "nn.rms_norm": [_sink_norm],
             "mean": [_sink_mean],
             "max": [_sink_mean],
             **{name: [_sink_unary] for name in UNARY},

@@ -11,6 +11,7 @@ from ._utils import Graph, Rewriter, graph_pass
 from .canonicalize import Canonicalize
 from .channel_shuffle import ChannelShuffle
 from .dense_forms import DenseForms
+from .find_norms import FindNorms
 from .fold_batch_norm import FoldBatchNorm
 from .fold_constants import FoldConstants
 from .fold_scale_shift import FoldScaleShift
@@ -28,6 +29,7 @@ STAGES: tuple[Any, ...] = (
     OutlineLRN,
     ChannelShuffle,
     SimplifyNoise,
+    FindNorms,
     FoldBatchNorm,
     ToNCHW,
     FoldScaleShift,

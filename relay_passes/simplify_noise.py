@@ -130,6 +130,20 @@ def _binary_broadcast(graph: Graph, var: Any, call: Any) -> Any:
     return like(call, args) if changed else None
 
 
+def _repeated(graph: Graph, var: Any, call: Any) -> Any:
+    """A constant that holds the same numbers for every image, such as positions expanded to the batch, holds them once."""
+    for i in (0, 1):
+        numbers, other = call.args[i], call.args[1 - i]
+        shape = shape_of(numbers)
+        if not is_const(numbers) or is_const(other) or len(shape) < 2 or shape[0] < 2:
+            continue
+        array = value(numbers)
+        if shape_of(other) == shape_of(var) and bool(np.all(array[1:] == array[:1])):
+            once = const(array[:1], dtype_of(numbers))
+            return like(call, [once, other] if i == 0 else [other, once])
+    return None
+
+
 def _neutral(graph: Graph, var: Any, call: Any) -> Any:
     """x*1, x/1, x+0, x-0, x^1 -> x; x^2 -> x*x; x^0.5 -> sqrt(x)."""
     name = op_name(call)
@@ -271,7 +285,7 @@ class _SimplifyNoise(Rewriter):
             **{name: [_stack_reduce] for name in ("sum", "mean", "max", "min")},
         }
         for name in BINARY:
-            table.setdefault(name, []).append(_binary_broadcast)
+            table.setdefault(name, []).extend((_binary_broadcast, _repeated))
         for name in ("add", "subtract", "multiply", "divide", "power"):
             table[name].append(_neutral)
         for name in ("maximum", "minimum"):

@@ -20,7 +20,7 @@ from ..kernels import FEW_ROWS
 from ._utils import BINARY, UNARY, Graph, Rewriter, graph_pass, is_const, like, op_name, shape_of
 from .simplify_noise import SimplifyNoise, permutation
 from .to_nchw import ToNCHW
-from .transpose_rules import as_convolution, before_merge, inverse, swaps_last, transposed
+from .transpose_rules import as_convolution, before_merge, groups_of_axes, inverse, swaps_last, transposed
 
 _TO_NCHW = [0, 3, 1, 2]
 
@@ -38,14 +38,12 @@ def _order(graph: Graph, var: Any) -> list[int] | None:
     shape = shape_of(call.args[0])
     if len(shape_of(call.args[1])) != 2 or len(shape) not in (2, 3, 4) or math.prod(shape[:-1]) < FEW_ROWS:
         return None
+    batch = {shape_of(p)[0] for p in graph.func.params if shape_of(p)}
     if len(shape) == 2:  # rows are the tokens of one image, or the images
-        params = [p for p in graph.func.params if shape_of(p)]
-        return [1, 0] if all(shape_of(p)[0] == 1 for p in params) else None
+        return [1, 0] if batch == {1} else None
     if len(shape) == 4:
         return _TO_NCHW
-    known = transposed(graph, call.args[0])
-    tokens_first = shape[1] == 1 or (known is not None and known[1] == [1, 0, 2])
-    return [1, 2, 0] if tokens_first else [0, 2, 1]
+    return [1, 2, 0] if {shape[1]} == batch != {shape[0]} else [0, 2, 1]  # tokens stand first in PyTorch's attention
 
 
 def _moved(graph: Graph) -> int:
@@ -82,15 +80,18 @@ def _turned(graph: Graph, var: Any, order: list[int]) -> Any:
 
 
 def _with_axes(graph: Graph, var: Any) -> Any:
-    """A dense layer on rows that were tokens before a reshape: the reshape goes behind it."""
+    """A dense layer on rows that were tokens before a reshape: the reshape of the rows goes behind it."""
     call = graph.get(var)
     inner = graph.get(call.args[0])
-    if op_name(inner) != "reshape" or len(shape_of(var)) != 2:
+    if op_name(inner) != "reshape" or len(shape_of(var)) != 2 or 0 in shape_of(inner.args[0]):
         return None
     shape = shape_of(inner.args[0])
-    if len(shape) not in (3, 4) or shape[-1] != shape_of(call.args[0])[-1]:
+    groups = groups_of_axes(shape, shape_of(call.args[0]))
+    if len(groups) != 2 or len(groups[0][0]) not in (2, 3):
         return None
-    return relax.op.reshape(like(call, [inner.args[0], call.args[1]]), shape_of(var))
+    tokens = (*(shape[i] for i in groups[0][0]), shape_of(call.args[0])[1])
+    rows = relax.op.reshape(inner.args[0], tokens) if tokens != shape else inner.args[0]
+    return relax.op.reshape(like(call, [rows, call.args[1]]), shape_of(var))
 
 
 def _feeds_product(graph: Graph, var: Any) -> bool:

@@ -192,16 +192,20 @@ def _down_take(graph: Graph, var: Any, call: Any) -> Any:
     return relax.op.permute_dims(taken, [a - (a > axes[at]) for i, a in enumerate(axes) if i != at])
 
 
+def normalised(call: Any, x: Any, axes: Sequence[int]) -> Any:
+    """The layer norm or RMS norm ``call`` of ``x`` along ``axes``."""
+    a = call.attrs
+    if op_name(call) == "nn.rms_norm":
+        return relax.op.nn.rms_norm(x, call.args[1], list(axes), float(a.epsilon))
+    return relax.op.nn.layer_norm(x, *call.args[1:], list(axes), float(a.epsilon), bool(a.center), bool(a.scale))
+
+
 def _down_norm(graph: Graph, var: Any, call: Any) -> Any:
     x, axes = transposed(graph, call.args[0])  # type: ignore[misc]
     which = [axes[a % len(axes)] for a in ints(call.attrs.axes)]
     if which != sorted(which):  # several axes: gamma and beta have their order
         return None
-    a = call.attrs
-    if op_name(call) == "nn.rms_norm":
-        norm = relax.op.nn.rms_norm(x, call.args[1], which, float(a.epsilon))
-    else:
-        norm = relax.op.nn.layer_norm(x, *call.args[1:], which, float(a.epsilon), bool(a.center), bool(a.scale))
+    norm = normalised(call, x, which)
     return relax.op.permute_dims(norm, axes)
 
 
