@@ -16,8 +16,7 @@ from typing import Any
 import tvm
 from tvm import relax
 
-from ..schedules.pointwise import OPS
-from ..schedules.winograd import BRIEF
+from ..schedules.pointwise import BRIEF, OPS
 from ._utils import Graph, dtype_of, is_const, op_name, shape_of, tensor_leaves
 from .matrix_views import is_factor
 

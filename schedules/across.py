@@ -17,7 +17,7 @@ from typing import Any
 from tvm.script.ir_builder import tirx as B
 
 from ..layout import LINE
-from .emit import broadcast, fetch, lane_mask, store, transpose, vector
+from .emit import broadcast, fetch
 from .gather_gemm import DENSE_AHEAD, Body, Run, Tile, span
 from .rows import View, channels_of, load, zero_halo
 from .rows import store as put
@@ -70,17 +70,4 @@ class AcrossBody(Body):
                 for a, w, (_, width) in zip(acc, weights, parts, strict=True):
                     put(a, p * width, width, load(a, p * width, width) + broadcast(x, width) * w)
         for a, (k, width) in zip(acc, parts, strict=True):
-            self._store(row + k, q, [load(a, p * width, width) for p in range(pixels)], width)
-
-    def _store(self, row: Any, q: Tile, columns: list[Any], width: int) -> None:
-        """``columns``: of each pixel, ``width`` channels from ``row``."""
-        gemm, lanes, pixels = self.gemm, self.lanes, len(columns)
-        mask = lane_mask(lanes, pixels) if pixels < lanes else None
-        for i, value in enumerate(transpose(columns, width, lanes)):
-            operands = {"t0": value}
-            operands |= {name: broadcast(b[row + i], lanes) for name, b in self.consts.items() if name != self.bias}
-            for j, (slot, buffer) in enumerate(self.tensors):
-                at = slot.base + (row + i) * slot.layout.c_pitch + q.at(j + 1)
-                operands[f"t{j + 1}"] = vector(buffer, at, lanes, mask)
-            at = gemm.dst.base + (row + i) * gemm.dst.layout.c_pitch + q.at(-1)
-            store(self.out, self.epilogue.evaluate(operands, lanes), at, lanes, mask)
+            self._store_square(row + k, q, [load(a, p * width, width) for p in range(pixels)], width)

@@ -45,7 +45,8 @@ from tvm.script.ir_builder import tirx as B
 
 from ..layout import LINE, Layout
 from .aligned import Copies
-from .emit import broadcast, fetch, finish, kernel_attrs, loop, parallel, store, vector, write, zeros
+from .emit import broadcast, fetch, finish, kernel_attrs, loop, parallel, store, vector
+from .gemm_epilogue import Epilogue
 from .interleaved import Band
 from .pointwise import Program, Slot, split_bias
 
@@ -232,7 +233,7 @@ class Tile:
         return stride * slot.layout.x_pitch if self.gemm.interleaved else self.gemm.knobs.lanes
 
 
-class Body:
+class Body(Epilogue):
     """Emits the loops of one kernel; holds the buffers."""
 
     def __init__(self, gemm: Gemm) -> None:
@@ -367,38 +368,6 @@ class Body:
                 x = B.bind(vector(source, at + v * step, lanes))
                 for i in range(run.rows):
                     put(i, v, get(i, v) + broadcast(weights[i], lanes) * x)
-
-    def _finish(self, row: Any, q: Tile, outs: Any, get: Any, rows: int, vectors: int, edges: Any, total: int) -> None:
-        """Epilogue, mask, store; the zeros around the pixels come with the first and the last tile."""
-        lanes = self.lanes
-        for i in range(rows):
-            consts = {name: broadcast(b[row + i], lanes) for name, b in self.consts.items() if name != self.bias}
-            for v in range(vectors):
-                operands = {"t0": get(i, v), **consts}
-                for j, (slot, buffer) in enumerate(self.tensors):
-                    at = slot.base + (row + i) * slot.layout.c_pitch + q.at(j + 1) + v * q.step(slot)
-                    operands[f"t{j + 1}"] = vector(buffer, at, lanes)
-                value = self.epilogue.evaluate(operands, lanes)
-                if self.mask is not None:
-                    index = B.Ramp(q.at(-1) + v * lanes, 1, lanes)
-                    value = B.Select(
-                        self.mask[index] != B.Broadcast(B.int32(0), lanes), value, broadcast(B.float32(0), lanes)
-                    )
-                write(self.out, value, outs[i][v], self.gemm.stored, lanes)
-        if self.mask is not None:
-            self._zero_edges(row, rows, edges, total)
-
-    def _zero_edges(self, row: Any, rows: int, edges: dict[str, Any], total: int) -> None:
-        lay, dst = self.gemm.dst.layout, self.gemm.dst
-        behind = self.gemm.vectors * self.lanes
-        for where, tile, start, count in (
-            ("first", 0, -lay.front, lay.front),
-            ("last", total - 1, behind, lay.c_pitch - lay.front - behind),
-        ):
-            if edges[where] is None or not count:
-                continue
-            with B.If(edges[where] == tile), B.Then(), loop(rows) as i:
-                zeros(self.out, dst.base + (row + i) * lay.c_pitch + start, count, self.lanes)
 
 
 def emit(gemm: Gemm) -> Any:

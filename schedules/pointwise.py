@@ -74,6 +74,11 @@ OPS: Mapping[str, Callable[..., Expr]] = {
 }
 
 
+# Operators that are a few instructions; long ones (exp, erf), emitted for each result of a tile, make code that takes
+# minutes to compile.
+BRIEF = frozenset(("add", "subtract", "multiply", "maximum", "minimum", "nn.relu", "clip", "nn.leakyrelu", "nn.prelu"))
+
+
 @dataclass(frozen=True)
 class Instr:
     """``op`` is a key of OPS; ``args`` name operands (see the module's docstring)."""

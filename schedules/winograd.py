@@ -39,8 +39,6 @@ from .winograd_math import concat, deinterleave, interleave, shuffle, transform
 
 DENSE_AHEAD = 512  # floats of the weights that are fetched ahead; the hardware prefetcher stops at every 4 KB page
 CSR_AHEAD = 256  # entries
-# Operators of an epilogue that is emitted m * m times; longer ones (exp, erf) would make code that takes minutes to compile.
-BRIEF = frozenset(("add", "subtract", "multiply", "maximum", "minimum", "nn.relu", "clip", "nn.leakyrelu", "nn.prelu"))
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from .relay_passes.per_image import mixing
 from .relay_passes.split_batch import Cut, compare, find_cut, halves
 from .relay_passes.verify import verify_lowered
 from .report import LayerRecord
-from .schedules.winograd import BRIEF
+from .schedules.pointwise import BRIEF
 from .target import CpuTarget
 from .winograd import expected_error, phase_filters
 from .workload import ConvWorkload, WinogradWorkload
