@@ -37,7 +37,9 @@ class List(click.ParamType):
 
 @click.command("bench", short_help="Measure against other engines on this machine.")
 @click.option(
-    "--networks", type=List(click.STRING, "A,B"), help=f"Networks of the zoo.  [default: {','.join(NETWORKS)}]"
+    "--networks",
+    type=List(click.STRING, "A,B"),
+    help=f"Networks of the zoo, e.g. resnet50, bert.  [default: {','.join(NETWORKS)}]",
 )
 @click.option(
     "--layers", is_flag=True, help="Measure single layers instead of networks; --batch holds for convolutions."

@@ -40,7 +40,7 @@ class Sparsity(click.ParamType):
 
 
 @click.command("demo", short_help="Compile, verify and time a built-in network.")
-@click.option("--network", default="resnet50", show_default=True, help="Network of the built-in zoo.")
+@click.option("--network", default="resnet50", show_default=True, help="Network of the built-in zoo, e.g. bert.")
 @click.option(
     "--sparsity",
     type=Sparsity(),
