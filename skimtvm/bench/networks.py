@@ -38,7 +38,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Work:
-    """Multiply-adds of a run: all, and those with nonzero weights."""
+    """Multiply-adds of a run in layers with weights (not the products of attention): all, and with nonzero weights."""
 
     macs: int
     nnz_macs: int

@@ -40,7 +40,7 @@ def draw(report: Report, folder: Path) -> list[Path]:
 
 
 def _networks(plt: Any, rows: Sequence[NetworkRow], path: Path) -> Path:
-    """Milliseconds an image, a group of bars for each row; whiskers from the 10th to the 90th percentile."""
+    """Milliseconds an input (of a batch), a group of bars for each row; whiskers from the 10th to the 90th percentile."""
     labels = list(dict.fromkeys(e.label for row in rows for e in row.engines))
     height = 0.8 / len(labels)
     figure, axes = plt.subplots(figsize=(9, 1 + 0.22 * len(rows) * (len(labels) + 1)), layout="constrained")
@@ -60,7 +60,7 @@ def _networks(plt: Any, rows: Sequence[NetworkRow], path: Path) -> Path:
     names = [f"{r.network} {r.sparsity}, batch {r.batch}, {r.threads} thr." for r in rows]
     axes.set_yticks([y + 0.4 - height / 2 for y in range(len(rows))], names)
     axes.invert_yaxis()
-    axes.set_xlabel("ms an image (median, 10th to 90th percentile)")
+    axes.set_xlabel("ms an input (median, 10th to 90th percentile)")
     axes.set_title(rows[0].terms.cpu)
     figure.legend(loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=150)

@@ -71,7 +71,7 @@ class EngineTime:
 
 @dataclass(frozen=True)
 class NetworkRow:
-    """``macs``/``nnz_macs``: multiply-adds of the whole batch, dense and with nonzero weights."""
+    """``macs``/``nnz_macs``: multiply-adds of the whole batch in layers with weights, all and with nonzero ones."""
 
     terms: Terms
     network: str
@@ -133,7 +133,8 @@ class LayerRow:
 
 @dataclass(frozen=True)
 class SweepRow:
-    """One point of a sweep; ``engines`` are SkimTVM's automatic choice, all layers dense, all pruned layers sparse."""
+    """One point of a sweep; ``engines`` are SkimTVM's automatic choice, all layers dense, all pruned layers sparse.
+    ``size``: height and width of the image, or tokens of a transformer's input."""
 
     terms: Terms
     sweep: str

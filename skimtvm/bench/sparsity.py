@@ -62,8 +62,16 @@ class Sparsity:
         """The same share without blocks."""
         return Sparsity("uniform", self.share)
 
+    def check(self, network: str) -> None:
+        """Raises InvalidOption if the zoo's ``network`` cannot be pruned so."""
+        if self.kind == "seed":
+            zoo.seed_table(network)
+        if self.kind == "winograd" and network in zoo.TRANSFORMERS:
+            raise InvalidOption(f"sparsity '{self}': network '{network}' has no convolutions; give a share as 0.9")
+
     def build(self, network: str, *, batch: int = 1) -> Any:
-        """The zoo's ``network`` as onnx.ModelProto."""
+        """The zoo's ``network`` as onnx.ModelProto. Raises InvalidOption as ``check`` does."""
+        self.check(network)
         if self.kind == "winograd":
             from .native_models import to_native
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from .. import zoo
 from ..compiler import CompileOptions
 from ..errors import InvalidOption
 from ..report import LayerRecord
@@ -33,7 +34,7 @@ CHOICES = {
 
 @dataclass(frozen=True)
 class Point:
-    """One setting of a sweep; ``size``: height and width of the image, 0 for the network's own."""
+    """One setting of a sweep; ``size``: height and width of the image, 0 for the network's own input."""
 
     sweep: str
     value: float
@@ -47,6 +48,8 @@ def points(sweep: str, network: str, sparsity: Sparsity, batch: int, values: tup
     """The settings of ``sweep``; everything but the swept quantity stays as given. Raises InvalidOption."""
     if sweep not in VALUES:
         raise InvalidOption(f"sweep '{sweep}' is unknown; choose one of {', '.join(VALUES)}")
+    if sweep == "size" and network in zoo.TRANSFORMERS:
+        raise InvalidOption(f"--sweep size: network '{network}' takes no images; choose resnet50 or googlenet")
     result = []
     for value in values or VALUES[sweep]:
         if sweep == "sparsity":
@@ -68,7 +71,8 @@ def measure_point(
 ) -> SweepRow:
     """The three choices in turns on one model and input."""
     model = point.sparsity.build(point.network, batch=point.batch)
-    size = model.graph.input[0].type.tensor_type.shape.dim[2].dim_value
+    dims = model.graph.input[0].type.tensor_type.shape.dim
+    size = dims[1 if point.network in zoo.TRANSFORMERS else 2].dim_value
     if point.size:
         resize_input(model, point.size)
         size = point.size

@@ -37,7 +37,9 @@ class List(click.ParamType):
 
 @click.command("bench", short_help="Measure against other engines on this machine.")
 @click.option(
-    "--networks", type=List(click.STRING, "A,B"), help=f"Networks of the zoo.  [default: {','.join(NETWORKS)}]"
+    "--networks",
+    type=List(click.STRING, "A,B"),
+    help=f"Networks of the zoo, e.g. resnet50, bert.  [default: {','.join(NETWORKS)}]",
 )
 @click.option(
     "--layers", is_flag=True, help="Measure single layers instead of networks; --batch holds for convolutions."
@@ -54,7 +56,8 @@ class List(click.ParamType):
 @click.option(
     "--sparsity",
     type=List(click.STRING, "S,..."),
-    help="seed, none, a share of zeros, or block4:0.9 (4x1 blocks, first layer dense).  [default: seed,0.9; otherwise 0.9]",
+    help="seed (published, by layer), none, a share of zeros, or block4:0.9 (4x1 blocks, first layer dense).  "
+    "[default: 0.9, for networks also seed where it is known]",
 )
 @click.option(
     "--batch", type=List(click.IntRange(1, 4096), "N,..."), default="1", show_default=True, help="Batch sizes."
@@ -156,37 +159,42 @@ def _rows(
     from ..bench import machine
     from ..bench.engines import Peers
     from ..bench.sparsity import Sparsity
+    from ..bench.sweeps import points
     from ..bench.timing import Rounds
-    from ..errors import InvalidOption
     from ..tvm_runtime import import_compiler
 
-    names = networks or (("resnet50",) if sweeps or memory else NETWORKS)
-    for name in names:
-        if name not in zoo.NAMES:
-            raise InvalidOption(f"network '{name}' is not in the zoo; choose from {', '.join(sorted(zoo.NAMES))}")
     whole = not (layers or sweeps or memory)
-    kinds = [Sparsity.parse(text) for text in sparsity or (("seed", "0.9") if whole else ("0.9",))]
+    kinds = [Sparsity.parse(text) for text in sparsity or ("0.9",)]
     if layers:
         _check_layers(more["only"])
+    names = networks or (("resnet50",) if sweeps or memory else NETWORKS)
+    for name in names:
+        zoo.check_name(name)
+        for kind in kinds if whole or memory else ():
+            kind.check(name)
+        for sweep in sweeps or ():
+            for point in points(sweep, name, kinds[0], more["batch"][0], more["values"] or ()):
+                point.sparsity.check(name)
+    cases = [(n, Sparsity("seed")) for n in names if sparsity is None and zoo.has_table(n)] if whole else []
+    cases = sorted([*cases, *itertools.product(names, kinds)], key=lambda case: names.index(case[0]))
     import_compiler()
     who = Peers(tuple(p for p in peers if p != "none"), deepsparse_python)
     terms = machine.terms(sys.argv[1:])
     common: dict[str, Any] = {"terms": terms, "rounds": Rounds(repeat, warmup)}
     for count in threads:
         if whole:
-            yield from _network_rows(names, kinds, count, who, common, **more)
+            yield from _network_rows(cases, count, who, common, **more)
         if layers:
             rounds = Rounds(repeat, warmup, min_time=0.02)
             yield from _layer_rows(kinds, count, who, rounds, terms, more["only"], more["batch"])
         for sweep in sweeps or ():
             yield from _sweep_rows(sweep, names, kinds, count, common, **more)
         if memory:
-            yield from _memory_rows(names, kinds, count, terms, more["batch"])
+            yield from _memory_rows(cases, count, terms, more["batch"])
 
 
 def _network_rows(
-    names: tuple[str, ...],
-    kinds: Any,
+    cases: list[tuple[str, Any]],
     threads: int,
     peers: Peers,
     common: dict[str, Any],
@@ -196,11 +204,9 @@ def _network_rows(
 ) -> Iterator[Row]:
     from ..bench.networks import measure_network
 
-    for name in names:
-        for kind in kinds:
-            for n in batch:
-                say = _progress(f"{name} {kind} batch {n}")
-                yield measure_network(name, kind, n, threads, peers=peers, say=say, **common)
+    for (name, kind), n in itertools.product(cases, batch):
+        say = _progress(f"{name} {kind} batch {n}")
+        yield measure_network(name, kind, n, threads, peers=peers, say=say, **common)
 
 
 def _check_layers(only: tuple[str, ...] | None) -> None:
@@ -258,15 +264,11 @@ def _sweep_rows(
             yield measure_point(point, threads, say=_progress(f"{name} {sweep} {point.value:g}"), **common)
 
 
-def _memory_rows(names: tuple[str, ...], kinds: Any, threads: int, terms: Any, batch: tuple[int, ...]) -> Iterator[Row]:
+def _memory_rows(cases: list[tuple[str, Any]], threads: int, terms: Any, batch: tuple[int, ...]) -> Iterator[Row]:
     from ..bench.memory import measure_memory
 
-    for name in names:
-        for kind in kinds:
-            for n in batch:
-                yield from measure_memory(
-                    name, kind, n, threads, terms=terms, say=_progress(f"{name} {kind} batch {n}")
-                )
+    for (name, kind), n in itertools.product(cases, batch):
+        yield from measure_memory(name, kind, n, threads, terms=terms, say=_progress(f"{name} {kind} batch {n}"))
 
 
 def _progress(what: str) -> Any:

@@ -40,9 +40,11 @@ class Sparsity(click.ParamType):
 
 
 @click.command("demo", short_help="Compile, verify and time a built-in network.")
-@click.option("--network", default="resnet50", show_default=True, help="Network of the built-in zoo.")
+@click.option("--network", default="resnet50", show_default=True, help="Network of the built-in zoo, e.g. bert.")
 @click.option(
-    "--sparsity", default="seed", show_default=True, type=Sparsity(), help="Fraction of zeros in the weights."
+    "--sparsity",
+    type=Sparsity(),
+    help="Fraction of zeros in the weights.  [default: seed; 0.9 for a network without published ones]",
 )
 @click.option("--output", type=click.Path(path_type=Path), help="Keep the compiled module here (.so).")
 @click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
@@ -61,8 +63,9 @@ def demo_command(
     from ..compiler import CompileOptions, compile_model
     from ..profiler import measure, profile, random_feeds
 
-    if network not in zoo.NAMES:
-        raise click.UsageError(f"network '{network}' is not in the zoo; choose one of {', '.join(sorted(zoo.NAMES))}")
+    zoo.check_name(network)
+    if sparsity is None:
+        sparsity = "seed" if zoo.has_table(network) else 0.9
     count = check_threads(threads)
     if output is not None:
         artifact.check_output(output, overwrite=overwrite)

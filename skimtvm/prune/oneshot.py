@@ -262,12 +262,12 @@ def _read_table(path: Path, found: list[WeightedLayer]) -> tuple[dict[str, float
 
 def _seed_table(networks: Mapping[str, Any], found: list[WeightedLayer], path: Path) -> dict[str, float]:
     """From a file with several networks, in percent, the one most of whose layers are in the model."""
-    from ..zoo import _weight_of
+    from ..zoo.tables import weight_of
 
     known = {alias for layer in found for alias in (layer.name, layer.tensor)}
     best: dict[str, float] = {}
     for network, entry in networks.items():
-        for rename in (str, functools.partial(_weight_of, network)):
+        for rename in (str, functools.partial(weight_of, network)):
             listed = {rename(layer): float(v) / 100 for layer, v in entry["layers"].items()}
             table = {name: v for name, v in listed.items() if name in known}
             # Heads that serve training only are missing from a deployed network.

@@ -123,6 +123,19 @@ def test_sparsity_that_makes_no_sense(text):
         sparsity.Sparsity.parse(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "network", "part"),
+    [
+        ("winograd:0.9", "bert", "'bert' has no convolutions"),
+        ("seed", "bert", "no table"),
+        ("seed", "vgg19", "no table"),
+    ],
+)
+def test_sparsity_that_a_network_cannot_have(text, network, part):
+    with pytest.raises(InvalidOption, match=part):
+        sparsity.Sparsity.parse(text).build(network)
+
+
 class Fake:
     """Notes whose turn it is; takes no time."""
 
@@ -175,6 +188,9 @@ def test_sweep_points():
     made = sweeps.points("sparsity", "resnet50", asked, 2, (0.5, 0.99))
     assert [(str(p.sparsity), p.batch) for p in made] == [("block4:0.5", 2), ("block4:0.99", 2)]
     assert [p.size for p in sweeps.points("size", "resnet50", asked, 1, (112,))] == [112]
+    assert [p.batch for p in sweeps.points("batch", "bert", asked, 1, (3,))] == [3]
+    with pytest.raises(InvalidOption, match="'bert' takes no images"):
+        sweeps.points("size", "bert", asked, 1)
     for sweep, value in (("sparsity", 1.0), ("batch", 0), ("size", 1.5), ("weather", 1)):
         with pytest.raises(InvalidOption):
             sweeps.points(sweep, "resnet50", asked, 1, (value,))

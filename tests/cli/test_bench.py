@@ -68,7 +68,10 @@ def test_existing_results_stay(skim, bench):
 @pytest.mark.parametrize(
     ("arguments", "texts"),
     [
-        (("--networks", "lenet"), ("lenet", "squeezenet")),
+        (("--networks", "lenet"), ("lenet", "bert", "squeezenet")),
+        (("--networks", "resnet50,bert", "--sweep", "batch,size"), ("'bert' takes no images",)),
+        (("--networks", "resnet50,bert", "--sparsity", "0.9,winograd:0.9"), ("'bert' has no convolutions",)),
+        (("--networks", "resnet50,bert", "--sparsity", "seed"), ("'bert' has no table",)),
         (("--sparsity", "2"), ("sparsity '2'", "block4:0.9")),
         (("--layers", "--only", "conv"), ("conv", "3x3_64_64_56")),
         (("--peers", "tensorflow"), ("tensorflow",)),
@@ -96,7 +99,13 @@ def test_layers_and_sweeps(skim, tmp_path):
     skim("bench", "--networks", "squeezenet", "--sweep", "sparsity", "--values", "0.5", *common).succeeded()
     skim("bench", "--networks", "squeezenet", "--sweep", "size", "--values", "112,160", *common).succeeded()
     skim("bench", "--networks", "squeezenet", "--memory", *common).succeeded()
+    skim("bench", "--networks", "bert", "--sweep", "batch", "--values", "2", *common).succeeded()
+    skim("bench", "--networks", "bert", "--peers", "onnxruntime", *common).succeeded()
     report = records.read(tmp_path / "bench.json")
+    (bert,) = report.networks  # no published sparsity: by default 0.9 alone
+    assert (bert.network, bert.sparsity) == ("bert", "0.9") and bert.density == pytest.approx(0.1, abs=1e-4)
+    assert bert.macs == 128 * 12 * 12 * 768**2 and bert.engines[1].difference < 1e-4
+    assert [(r.batch, r.size) for r in report.sweeps if r.network == "bert"] == [(2, 128)]
     assert {r.layer for r in report.layers} == {"3x3_512_512_7", "winograd4_256_256_14", "fc7_b1"}
     native = next(r for r in report.layers if r.layer.startswith("winograd"))
     assert {e.model for e in native.engines if e.status == records.OK} == {"", "dense"}

@@ -9,8 +9,8 @@ from onnx import numpy_helper as nh
 
 from skimtvm import importer, zoo
 from skimtvm.errors import InvalidOption
+from skimtvm.zoo import light
 
-SMALL = ("squeezenet", "shufflenet", "googlenet")
 NETWORKS = [n for n in zoo.NAMES if n != "caffenet"]  # caffenet and alexnet are one graph
 HEAVY = ("alexnet", "vgg19", "zfnet512")
 MARKED = [pytest.param(n, marks=pytest.mark.slow) if n == "vgg19" else n for n in NETWORKS]
@@ -22,6 +22,7 @@ def share_of_zeros(weight):
 
 def test_names_cover_all_light_graphs():
     assert len(set(zoo.NAMES.values())) == 9 and zoo.NAMES["caffenet"] == zoo.NAMES["alexnet"] == "light_bvlc_alexnet"
+    assert set(zoo.NETWORKS) == {*zoo.NAMES, "bert"} and len(zoo.NETWORKS) == len(zoo.NAMES) + 1
 
 
 @pytest.mark.parametrize("name", ["squeezenet", "densenet121"])
@@ -121,8 +122,10 @@ def test_build_with_a_pattern():
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
-        (dict(name="lenet"), "'lenet' is unknown; choose one of alexnet"),
+        (dict(name="lenet"), "'lenet' is not in the zoo; choose one of alexnet, bert"),
         (dict(name="vgg19", sparsity="seed"), "'vgg19' has no table; choose one of caffenet, googlenet, resnet50"),
+        (dict(name="bert", sparsity="seed"), "'bert' has no table; choose one of caffenet, googlenet, resnet50"),
+        (dict(name="bert", batch=True), "batch is True"),
         (dict(name="squeezenet", sparsity=1.0), "sparsity is 1.0"),
         (dict(name="squeezenet", sparsity=-0.1), "sparsity is -0.1"),
         (dict(name="squeezenet", sparsity=float("nan")), "sparsity is nan"),
@@ -198,7 +201,7 @@ def test_batch_of_a_built_network():
 @pytest.mark.parametrize("batch", [None, 2])
 @pytest.mark.parametrize("name", MARKED)
 def test_light_graphs_import_with_static_shapes(name, batch):
-    path = zoo._path(name)
+    path = light.path(name)
     got = importer.load_model(path, batch=batch)
     size = batch or 1
     assert [s.shape for s in got.inputs] == [(size, 3, 224, 224)]

@@ -14,6 +14,7 @@ from onnx import numpy_helper
 
 from skimtvm import zoo
 from skimtvm.compiler import CompileOptions
+from skimtvm.zoo import transformer
 
 from .graphs import check
 
@@ -66,12 +67,28 @@ def test_forced_dense_and_forced_sparse_agree() -> None:
     assert len(sparse_layers(sparse)) == 26
 
 
+@pytest.mark.parametrize(("rows", "batch"), [(1, 1), (4, 3)])
+def test_small_transformer(rows: int, batch: int) -> None:
+    encoder = transformer.Encoder(layers=2, width=96, heads=4, feed_forward=192, tokens=24)
+    compiled = check(transformer.build(encoder, 0.9, rows=rows, batch=batch, keep_first=True))
+    sparse = sparse_layers(compiled)
+    assert len(sparse) == 11 and "encoder.layer.0.attention.self.query" not in sparse
+    assert all(r.weights == 0 for r in compiled.manifest.layers if not r.name.startswith("encoder."))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("sparsity", [None, 0.9])
 @pytest.mark.parametrize("name", LIGHT)
 def test_light_graphs(name: str, sparsity: float | None, batch: int) -> None:
     check(zoo.build(name, sparsity=sparsity, batch=batch))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sparsity", "pattern", "batch"), [(None, None, 1), (0.9, None, 2), (0.9, "4x1", 1)])
+def test_bert(sparsity: float | None, pattern: str | None, batch: int) -> None:
+    compiled = check(zoo.build("bert", sparsity=sparsity, pattern=pattern, batch=batch))
+    assert len(sparse_layers(compiled)) == (72 if sparsity else 0)
 
 
 @pytest.mark.slow

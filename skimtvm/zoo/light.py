@@ -1,12 +1,7 @@
-"""Well-known networks with seeded random weights, pruned on request: for examples, tests and measurements.
-
-The graphs are the ``light`` models that come with the onnx package; their files hold shapes instead of weights. The
-weights made here keep the variance of activations about constant from the first layer to the last.
-"""
+"""Convolution networks: the ``light`` models that come with the onnx package, whose files hold shapes instead of weights."""
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator
@@ -15,12 +10,12 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import numpy_helper
 
-from .errors import EnvironmentProblem, InvalidOption
-from .onnx_fold import add_initializer
-from .onnx_infer import infer
-from .onnx_shapes import change_batch, resolve_inputs, set_input_shapes
+from ..errors import EnvironmentProblem
+from ..onnx_fold import add_initializer
+from ..onnx_infer import infer
+from ..onnx_shapes import change_batch, resolve_inputs, set_input_shapes
+from .pruning import prune
 
 NAMES = {
     "alexnet": "light_bvlc_alexnet",
@@ -34,132 +29,29 @@ NAMES = {
     "vgg19": "light_vgg19",
     "zfnet512": "light_zfnet512",
 }
-_TABLE_OF = {"alexnet": "caffenet"}
 _LAYERS = ("Conv", "Gemm")
 _LOGIT_STD = 2.0  # of the last layer: wide enough that softmax ranks the classes clearly
 
 
-def seed_table(name: str) -> dict[str, float]:
-    """Sparsity (0..1) of each pruned layer of a published model, by weight tensor of the ONNX graph.
-
-    Raises InvalidOption for a network without a table.
-    """
-    tables = json.loads((Path(__file__).parent / "data" / "seed_sparsity.json").read_text())["networks"]
-    key = _TABLE_OF.get(name, name)
-    if key not in tables:
-        raise InvalidOption(
-            f"sparsity 'seed': network '{name}' has no table; choose one of {', '.join(sorted(tables))}"
-        )
-    return {_weight_of(key, layer): percent / 100 for layer, percent in tables[key]["layers"].items()}
-
-
-def _weight_of(network: str, layer: str) -> str:
-    if network != "resnet50":
-        return f"{layer}_w_0"
-    match = re.fullmatch(r"(res\d)([a-z])_(branch\w+)", layer)
-    if match is None:  # fc1000
-        return "gpu_0/pred_w_0"
-    return f"gpu_0/{match[1]}_{ord(match[2]) - ord('a')}_{match[3]}_w_0"
-
-
-def parse_pattern(pattern: str) -> int:
-    """Rows R of a block pattern ``Rx1``: R output channels share each column that stays."""
-    match = re.fullmatch(r"(\d+)x1", pattern)
-    if match is None or not 1 <= int(match[1]) <= 64:
-        raise InvalidOption(f"pattern '{pattern}' is unknown; give Rx1 with R from 1 to 64, e.g. 4x1")
-    return int(match[1])
-
-
-def prune(weight: np.ndarray, sparsity: float, *, rows: int = 1, groups: int = 1) -> np.ndarray:
-    """Copy of ``weight`` (float32, output channels first) with the smallest magnitudes set to zero.
-
-    ``rows`` > 1 prunes blocks of so many consecutive output channels of one group, by the L2 norm of the block; the
-    last block of a group may have fewer. Exactly round(sparsity * number of blocks) blocks become zero.
-    """
-    if rows == 1:
-        flat = weight.copy().reshape(-1)
-        flat[_smallest(np.abs(flat), sparsity)] = 0
-        return flat.reshape(weight.shape)
-    out = weight.shape[0] // groups
-    blocks = -(-out // rows)
-    padded = np.zeros((groups, blocks * rows, weight[0].size), np.float32)
-    padded[:, :out] = weight.reshape(groups, out, -1)
-    view = padded.reshape(groups, blocks, rows, -1)
-    drop = _smallest(np.sqrt((view * view).sum(axis=2)).reshape(-1), sparsity).reshape(groups, blocks, 1, -1)
-    view *= ~drop
-    return np.ascontiguousarray(padded[:, :out]).reshape(weight.shape)
-
-
-def _smallest(magnitude: np.ndarray, sparsity: float) -> np.ndarray:
-    """Mask of exactly round(sparsity * size) of the smallest entries; the first ones win ties."""
-    count = round(sparsity * magnitude.size)
-    if count == 0:
-        return np.zeros(magnitude.shape, bool)
-    limit = _kth_smallest(magnitude, count - 1)
-    mask: np.ndarray = magnitude < limit
-    ties = np.flatnonzero(magnitude == limit)[: count - int(np.count_nonzero(mask))]
-    mask[ties] = True
-    return mask
-
-
-def _kth_smallest(values: np.ndarray, k: int) -> Any:
-    """Entry k of the sorted ``values`` (1-D); a sample brackets it first, which is much faster than partition."""
-    if values.size > 1 << 20:
-        sample = np.sort(values[:: values.size >> 18])
-        at = k * sample.size // values.size
-        low, high = sample[max(at - 2000, 0)], sample[min(at + 2000, sample.size - 1)]
-        below = int(np.count_nonzero(values < low))
-        middle = values[(values >= low) & (values <= high)]
-        if below <= k < below + middle.size:
-            return np.partition(middle, k - below)[k - below]
-    return np.partition(values, k)[k]
-
-
-def _path(name: str) -> Path:
-    path = Path(onnx.__file__).parent / "backend" / "test" / "data" / "light" / f"{NAMES[name]}.onnx"
-    if not path.is_file():
-        raise EnvironmentProblem(f"network '{name}': this onnx package lacks {path.name}; reinstall onnx from PyPI")
-    return path
-
-
-def _options(
-    name: str, sparsity: float | str | None, batch: int, pattern: str | None
-) -> tuple[float | dict[str, float], int]:
-    if name not in NAMES:
-        raise InvalidOption(f"network '{name}' is unknown; choose one of {', '.join(sorted(NAMES))}")
-    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
-        raise InvalidOption(f"batch is {batch!r}; give a whole number of at least 1")
-    rows = 1 if pattern is None else parse_pattern(pattern)
-    if pattern is not None and sparsity is None:
-        raise InvalidOption(f"pattern '{pattern}' needs a sparsity; give one from 0 to below 1")
-    if sparsity == "seed":
-        return seed_table(name), rows
-    try:
-        value = 0.0 if sparsity is None else float(sparsity)
-    except (TypeError, ValueError):
-        value = math.nan
-    if not 0 <= value < 1:
-        raise InvalidOption(f"sparsity is {sparsity!r}; give a share of zeros from 0 to below 1, or 'seed'")
-    return value, rows
+def path(name: str) -> Path:
+    """File of the graph of ``name``. Raises EnvironmentProblem."""
+    file = Path(onnx.__file__).parent / "backend" / "test" / "data" / "light" / f"{NAMES[name]}.onnx"
+    if not file.is_file():
+        raise EnvironmentProblem(f"network '{name}': this onnx package lacks {file.name}; reinstall onnx from PyPI")
+    return file
 
 
 def build(
     name: str,
+    shares: float | dict[str, float],
     *,
-    sparsity: float | str | None = None,
+    rows: int = 1,
+    keep_first: bool = False,
     seed: int = 0,
     batch: int = 1,
-    keep_first: bool = False,
-    pattern: str | None = None,
 ) -> Any:
-    """The network ``name`` (see NAMES) as an onnx.ModelProto with float32 weights as initializers.
-
-    ``sparsity``: share of zeros in every convolution and fully-connected weight, or "seed" for the published share of
-    each layer. ``keep_first`` leaves the first layer dense, ``pattern`` ("4x1") prunes blocks. The same arguments give
-    the same model. Layers are named after their weights. Raises InvalidOption for arguments that make no sense.
-    """
-    shares, rows = _options(name, sparsity, batch, pattern)
-    model = onnx.load(str(_path(name)))
+    """The network ``name`` of NAMES as an onnx.ModelProto; ``shares``: of zeros in every weight, or by weight tensor."""
+    model = onnx.load(str(path(name)))
     model.ir_version = max(4, model.ir_version)
     _Weights(model, np.random.default_rng(seed), shares, rows, keep_first).fill()
     if batch != 1:
@@ -308,14 +200,3 @@ _KEEP_SIGN = (
 )
 # Mean square of the output over that of the input, for activations of a random network.
 _GAIN = {"MaxPool": 2.0, "AveragePool": 0.75, "GlobalAveragePool": 0.7}
-
-
-def weights(model: Any) -> dict[str, np.ndarray]:
-    """Weight of every convolution and fully-connected layer of a built model, by layer name."""
-    tensors = {t.name: t for t in model.graph.initializer}
-    source = {n.output[0]: n.input[0] for n in model.graph.node if n.op_type == "Reshape" and n.input[0] in tensors}
-    return {
-        n.name: numpy_helper.to_array(tensors[source.get(n.input[1], n.input[1])])
-        for n in model.graph.node
-        if n.op_type in _LAYERS
-    }
