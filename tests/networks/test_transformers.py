@@ -1,0 +1,216 @@
+"""Transformers against ONNX Runtime: spellings of exporters, masks, shapes that fit no vector, attention among others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+import skimtvm
+from skimtvm import artifact
+from skimtvm.compiler import Compiled, CompileOptions, compile_model
+
+from .graphs import check
+from .transformers import SPELLINGS, Tokens
+
+Build = Callable[[Tokens], tuple[str, ...]]
+
+
+def kinds(compiled: Compiled) -> list[str]:
+    return [r.op for r in compiled.manifest.layers]
+
+
+SHAPES = [(1, 0.2), (3, 1.0), (16, 0.2)]
+
+
+@pytest.mark.parametrize(("batch", "density"), SHAPES, ids=["1-pruned", "3-dense", "16-pruned"])
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_encoder(spelling: str, batch: int, density: float) -> None:
+    net = Tokens("N", 24, 32, density=density)
+    y = net.block(net.block("x", spelling), spelling)
+    compiled = check(net.model(y), CompileOptions(batch=batch))
+    assert kinds(compiled).count("conv2d") >= 8, "dense layers on tokens are convolutions"
+    assert "matmul" in kinds(compiled), "products read what they need where it lies"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("batch", "density"), [(n, d) for n in (1, 3, 16) for d in (1.0, 0.2) if (n, d) not in SHAPES])
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_encoder_with_other_weights(spelling: str, batch: int, density: float) -> None:
+    test_encoder(spelling, batch, density)
+
+
+@pytest.mark.parametrize("shape", [(5, 32, 4), (197, 16, 1), (24, 60, 3), (1, 32, 2), (9, 12, 12)], ids=str)
+def test_shapes_that_fit_no_vector(shape: tuple[int, int, int]) -> None:
+    """Few tokens, many, one head, heads of 20 channels, one token, heads of one channel."""
+    tokens, width, heads = shape
+    net = Tokens(2, tokens, width, heads=heads, density=0.5)
+    check(net.model(net.block("x")))
+
+
+CASES: dict[str, Build] = {}
+
+
+def case(build: Build) -> Build:
+    CASES[build.__name__] = build
+    return build
+
+
+@case
+def additive_mask(n: Tokens) -> tuple[str, ...]:
+    mask = n.input("mask", n.batch, 1, 1, n.tokens)
+    return (n.block(n.block("x", mask=mask), "gather", mask),)
+
+
+@case
+def mask_by_where(n: Tokens) -> tuple[str, ...]:
+    seen = n.op("Greater", n.input("mask", n.batch, 1, 1, n.tokens), n.number(0))
+    q, k, v = n.separate("x")
+    scores = n.op("Where", seen, n.op("MatMul", q, k), n.number(-1e9))
+    return (n.dense(n.merge_heads(n.op("MatMul", n.op("Softmax", scores, axis=-1), v)), n.width, n.width),)
+
+
+@case
+def causal_mask(n: Tokens) -> tuple[str, ...]:
+    future = np.triu(np.full((1, 1, n.tokens, n.tokens), -np.inf, np.float32), 1)
+    return (n.block("x", "split", n.const(future)),)
+
+
+@case
+def relative_positions(n: Tokens) -> tuple[str, ...]:
+    bias = n.rng.standard_normal((n.heads, n.tokens, n.tokens)).astype(np.float32)
+    return (n.block("x", "gather", n.const(bias)),)
+
+
+@case
+def mask_of_every_pair(n: Tokens) -> tuple[str, ...]:
+    """Neither the mask nor its transpose is constant."""
+    return (n.block("x", mask=n.input("mask", n.batch, 1, n.tokens, n.tokens)),)
+
+
+@case
+def cross_attention(n: Tokens) -> tuple[str, ...]:
+    memory = n.input("memory", n.batch, 11, n.width)
+    y = n.op("Add", "x", n.attention(n.norm("x")))
+    y = n.op("Add", y, n.dense(n.merge_heads(n.attend(*n.separate(n.norm(y), memory))), n.width, n.width))
+    return (n.op("Add", y, n.mlp(n.norm(y))),)
+
+
+def projected(n: Tokens, groups: int) -> tuple[str, str, str]:
+    """Query of all heads, key and value of ``groups``."""
+    q = n.split_heads(n.dense("x", n.width, n.width))
+    k, v = (n.dense("x", n.width, groups * n.depth) for _ in range(2))
+    shape = 0, n.tokens, groups, n.depth
+    return q, n.transpose(n.reshape(k, *shape), 0, 2, 3, 1), n.transpose(n.reshape(v, *shape), 0, 2, 1, 3)
+
+
+@case
+def keys_of_all_heads(n: Tokens) -> tuple[str, ...]:
+    """Multi-query attention: the batch of the key broadcasts."""
+    return (n.dense(n.merge_heads(n.attend(*projected(n, 1))), n.width, n.width),)
+
+
+@case
+def keys_of_groups_of_heads(n: Tokens) -> tuple[str, ...]:
+    q, k, v = projected(n, 2)
+
+    def spread(y: str, a: int, b: int) -> str:
+        y = n.op("Expand", n.op("Unsqueeze", y, n.ints(2)), n.ints(1, 1, n.heads // 2, 1, 1))
+        return n.reshape(y, 0, n.heads, a, b)
+
+    k, v = spread(k, n.depth, n.tokens), spread(v, n.tokens, n.depth)
+    return (n.dense(n.merge_heads(n.attend(q, k, v)), n.width, n.width),)
+
+
+@case
+def rms_norm(n: Tokens) -> tuple[str, ...]:
+    y = n.op("Add", "x", n.attention(n.rms_norm("x")))
+    return (n.op("Add", y, n.mlp(n.rms_norm(y))),)
+
+
+@case
+def width_3_behind_attention(n: Tokens) -> tuple[str, ...]:
+    """The convolution reads zeros around the pixels that a product computes."""
+    y = n.transpose(n.merge_heads(n.attend(*n.separate("x"))), 0, 2, 1)
+    w = (n.rng.standard_normal((8, n.width, 3)) / 10).astype(np.float32)
+    return (n.op("Conv", y, n.const(w), kernel_shape=[3], pads=[1, 1]),)
+
+
+@case
+def results_among_the_operands(n: Tokens) -> tuple[str, ...]:
+    q, k, v = n.separate("x")
+    scores = n.op("Softmax", n.op("MatMul", q, k), axis=-1)
+    y = n.op("MatMul", scores, v)
+    return n.dense(n.merge_heads(y), n.width, n.width), q, k, scores, y
+
+
+@case
+def scaled_operands(n: Tokens) -> tuple[str, ...]:
+    """A factor on each operand; that of the query is read elsewhere, too."""
+    q, k, v = n.separate("x")
+    q, k = n.op("Mul", q, n.number(0.4)), n.op("Mul", k, n.number(-0.7))
+    scores = n.op("Softmax", n.op("MatMul", q, k), axis=-1)
+    y = n.op("Add", n.op("MatMul", scores, n.op("Mul", v, n.number(3))), n.op("Tanh", q))
+    return (n.dense(n.merge_heads(y), n.width, n.width),)
+
+
+@case
+def one_layer_for_all_three(n: Tokens) -> tuple[str, ...]:
+    y = n.dense("x", n.width, n.width)
+    q, k = n.split_heads(y), n.split_heads(y, key=True)
+    return (n.dense(n.merge_heads(n.attend(q, k, q)), n.width, n.width),)
+
+
+@case
+def attention_of_channels(n: Tokens) -> tuple[str, ...]:
+    """XCiT's: scores f32[N, heads, D, D]."""
+    q, k, v = (n.transpose(y, 0, 1, 3, 2) for y in n.gather("x"))
+    y = n.transpose(n.attend(q, k, v), 0, 3, 1, 2)
+    return (n.dense(n.reshape(y, 0, -1, n.width), n.width, n.width),)
+
+
+@case
+def linear_attention(n: Tokens) -> tuple[str, ...]:
+    q, k, v = n.split("x")
+    q, k = n.op("Softmax", q, axis=-1), n.op("Softmax", k, axis=-1)
+    return (n.dense(n.merge_heads(n.op("MatMul", q, n.op("MatMul", k, v))), n.width, n.width),)
+
+
+@case
+def class_token(n: Tokens) -> tuple[str, ...]:
+    """A vision transformer without its patches: a token and positions are added, the class is read from the token."""
+    token = n.op("Expand", n.const(n.rng.standard_normal((1, 1, n.width)).astype(np.float32)), n.ints(n.batch, 1, 1))
+    y = n.op("Concat", token, "x", axis=1)
+    y = n.op("Add", y, n.const(n.rng.standard_normal((1, n.tokens + 1, n.width)).astype(np.float32)))
+    n.tokens += 1
+    y = n.norm(n.block(y, "gather"))
+    return (n.dense(n.op("Gather", y, n.const(np.int64(0)), axis=1), n.width, 10),)
+
+
+@case
+def query_of_one_token(n: Tokens) -> tuple[str, ...]:
+    """The last block of a classifier: one query for all keys."""
+    first = n.op("Slice", "x", n.ints(0), n.ints(1), n.ints(1))
+    q, k, v = n.separate(first, "x")
+    return (n.dense(n.merge_heads(n.attend(q, k, v)), n.width, 10),)
+
+
+@case
+def heads_by_slices(n: Tokens) -> tuple[str, ...]:
+    """Each head on its own, its channels taken by Slice, its result joined by Concat."""
+    q, k, v = (n.dense("x", n.width, n.width) for _ in range(3))
+    parts = []
+    for i in range(n.heads):
+        a, b = i * n.depth, (i + 1) * n.depth
+        q1, k1, v1 = (n.op("Slice", y, n.ints(a), n.ints(b), n.ints(2)) for y in (q, k, v))
+        parts.append(n.attend(q1, n.transpose(k1, 0, 2, 1), v1))
+    return (n.dense(n.op("Concat", *parts, axis=-1), n.width, n.width),)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", CASES)
+def test_attention(name: str, batch: int) -> None:
+    net = Tokens(batch, 24, 32, density=0.4)
+    check(net.model(*CASES[name](net)))
