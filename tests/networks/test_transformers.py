@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 
-import skimtvm
-from skimtvm import artifact
-from skimtvm.compiler import Compiled, CompileOptions, compile_model
+from skimtvm.compiler import Compiled, CompileOptions
 
 from .graphs import check
 from .transformers import SPELLINGS, Tokens
@@ -207,6 +204,50 @@ def heads_by_slices(n: Tokens) -> tuple[str, ...]:
         q1, k1, v1 = (n.op("Slice", y, n.ints(a), n.ints(b), n.ints(2)) for y in (q, k, v))
         parts.append(n.attend(q1, n.transpose(k1, 0, 2, 1), v1))
     return (n.dense(n.op("Concat", *parts, axis=-1), n.width, n.width),)
+
+
+@case
+def shifted_windows(n: Tokens) -> tuple[str, ...]:
+    """Swin's: an image of 4x6 tokens, rolled by one, in windows of 2x3, and back."""
+    rows, columns = 4, 6
+
+    def roll(y: str, axis: int, extent: int, by: int) -> str:
+        a = n.op("Slice", y, n.ints(by), n.ints(extent), n.ints(axis))
+        return n.op("Concat", a, n.op("Slice", y, n.ints(0), n.ints(by), n.ints(axis)), axis=axis)
+
+    y = n.reshape(n.norm("x"), -1, rows, columns, n.width)
+    y = roll(roll(y, 1, rows, 1), 2, columns, 1)
+    y = n.transpose(n.reshape(y, -1, 2, 2, 2, 3, n.width), 0, 1, 3, 2, 4, 5)
+    n.tokens = 6
+    y = n.attention(n.reshape(y, -1, 6, n.width), "gather")
+    y = n.transpose(n.reshape(y, -1, 2, 2, 2, 3, n.width), 0, 1, 3, 2, 4, 5)
+    y = n.reshape(y, -1, rows, columns, n.width)
+    y = roll(roll(y, 1, rows, rows - 1), 2, columns, columns - 1)
+    y = n.op("Add", "x", n.reshape(y, -1, rows * columns, n.width))
+    return (n.op("Add", y, n.mlp(n.norm(y))),)
+
+
+@case
+def convolutions_around_attention(n: Tokens) -> tuple[str, ...]:
+    """SAGAN's: 1x1 convolutions, products of pixels, gamma * result + input."""
+    image = n.reshape(n.transpose("x", 0, 2, 1), 0, n.width, 4, -1)
+    image = n.op("Relu", n.conv(image, n.width, n.width, density=0.3))
+    f, g, h = (n.conv(image, n.width, k, 1, pads=[0] * 4) for k in (8, 8, n.width))
+    f, g, h = (n.reshape(y, 0, k, -1) for y, k in ((f, 8), (g, 8), (h, n.width)))
+    scores = n.op("Softmax", n.op("MatMul", n.transpose(f, 0, 2, 1), g), axis=-1)
+    y = n.reshape(n.op("MatMul", h, n.transpose(scores, 0, 2, 1)), 0, n.width, 4, -1)
+    y = n.op("Add", n.op("Mul", n.const(np.full(1, 0.7, np.float32)), y), image)
+    return (n.conv(y, n.width, 8, density=0.3),)
+
+
+@case
+def convnext(n: Tokens) -> tuple[str, ...]:
+    """Depthwise convolution, then norm and dense layers with channels last."""
+    image = n.reshape(n.transpose("x", 0, 2, 1), 0, n.width, 4, -1)
+    y = n.transpose(n.conv(image, n.width, n.width, 5, groups=n.width), 0, 2, 3, 1)
+    y = n.op("Mul", n.mlp(n.norm(y)), n.vector(n.width, 1))
+    y = n.op("Add", n.transpose(y, 0, 3, 1, 2), image)
+    return n.conv(y, n.width, 8, 2, strides=[2, 2], pads=[0] * 4), y
 
 
 @pytest.mark.parametrize("batch", [1, 3])
