@@ -205,8 +205,28 @@ def _sink_norm(graph: Graph, var: Any, call: Any) -> Any:
     if len(before) < 2 or before[:2] != after[:2]:
         return None
     a = call.attrs
-    norm = relax.op.nn.layer_norm(x, *call.args[1:], [1], float(a.epsilon), bool(a.center), bool(a.scale))
+    if op_name(call) == "nn.rms_norm":
+        norm = relax.op.nn.rms_norm(x, call.args[1], [1], float(a.epsilon))
+    else:
+        norm = relax.op.nn.layer_norm(x, *call.args[1:], [1], float(a.epsilon), bool(a.center), bool(a.scale))
     return relax.op.reshape(norm, after)
+
+
+def _sink_split(graph: Graph, var: Any, item: Any) -> Any:
+    """A part of the channels; all parts share one new split."""
+    split = graph.get(item.tuple_value)
+    x = _row_source(graph, split.args[0]) if op_name(split) == "split" else None
+    if x is None or int(split.attrs.axis) % 3 != 1:
+        return None
+    sections = split.attrs.indices_or_sections
+    twins = (u for u in graph.users[x] if graph.op(u) == "split" and int(graph.get(u).attrs.axis) % 4 == 1)
+    parts = next((u for u in twins if str(graph.get(u).attrs.indices_or_sections) == str(sections)), None)
+    if parts is None:
+        parts = graph.emit(relax.op.split(x, ints(sections) if hasattr(sections, "__len__") else int(sections), 1))
+    return relax.op.reshape(relax.TupleGetItem(parts, item.index), shape_of(var))
+
+
+SINKS: dict[str, Rule] = {**dict.fromkeys(UNARY, _sink_unary), **dict.fromkeys(BINARY, _sink_binary)}
 
 
 class _DenseForms(Rewriter):
@@ -221,10 +241,11 @@ class _DenseForms(Rewriter):
             "nn.avg_pool1d": [_pool1d],
             "concat": [_sink_concat],
             "nn.layer_norm": [_sink_norm],
+            "nn.rms_norm": [_sink_norm],
+            "TupleGetItem": [_sink_split],
             "mean": [_sink_mean],
             "max": [_sink_mean],
-            **{name: [_sink_unary] for name in UNARY},
-            **{name: [_sink_binary] for name in BINARY},
+            **{name: [rule] for name, rule in SINKS.items()},
         }
 
 

@@ -17,7 +17,8 @@ from typing import Any
 from tvm import relax
 
 from ..kernels import FEW_ROWS
-from ._utils import BINARY, UNARY, Graph, Rewriter, graph_pass, is_const, like, op_name, shape_of
+from ._utils import BINARY, UNARY, Graph, Rewriter, Rule, graph_pass, is_const, like, op_name, shape_of
+from .dense_forms import SINKS
 from .simplify_noise import SimplifyNoise, permutation
 from .to_nchw import ToNCHW
 from .transpose_rules import as_convolution, before_merge, inverse, swaps_last, transposed
@@ -81,10 +82,9 @@ def _turned(graph: Graph, var: Any, order: list[int]) -> Any:
     return relax.op.permute_dims(relax.op.reshape(conv, shape_of(var)[::-1]), order)
 
 
-def _with_axes(graph: Graph, var: Any) -> Any:
+def _with_axes(graph: Graph, var: Any, call: Any) -> Any:
     """A dense layer on rows that were tokens before a reshape: the reshape goes behind it."""
-    call = graph.get(var)
-    inner = graph.get(call.args[0])
+    inner = graph.get(call.args[0]) if op_name(call) == "matmul" and is_const(call.args[1]) else None
     if op_name(inner) != "reshape" or len(shape_of(var)) != 2:
         return None
     shape = shape_of(inner.args[0])
@@ -108,18 +108,22 @@ def _feeds_product(graph: Graph, var: Any) -> bool:
     return False
 
 
+class _TokenAxes(Rewriter):
+    """Rows get their axes back as far as elementwise operators reach."""
+
+    def rules(self) -> dict[str, list[Rule]]:
+        return {"matmul": [_with_axes], **{name: [rule] for name, rule in SINKS.items()}}
+
+
 class _TokenLayout(Rewriter):
     """``rewrites`` counts the dense layers and the products that were turned."""
 
     def run(self, graph: Graph) -> None:
-        if not any(_order(graph, v) for v in graph.order()):
+        if not any(_order(graph, v) or _with_axes(graph, v, graph.get(v)) is not None for v in graph.order()):
             return
-        before, state = _moved(graph), graph.snapshot()
-        for var in graph.order():
-            if op_name(graph.get(var)) == "matmul" and is_const(graph.get(var).args[1]):
-                axes = _with_axes(graph, var)
-                if axes is not None:
-                    graph.replace(var, axes)
+        state = graph.snapshot()
+        _TokenAxes().run(graph)
+        before = _moved(graph)
         for var in graph.order():
             joined = before_merge(graph, var, _TO_NCHW) if len(_shape(graph, var)) == 4 else None
             if joined is not None:  # windows become an image again
