@@ -44,9 +44,24 @@ def _order(graph: Graph, var: Any) -> list[int] | None:
         return [1, 0] if all(shape_of(p)[0] == 1 for p in params) else None
     if len(shape) == 4:
         return _TO_NCHW
-    known = transposed(graph, call.args[0])
-    tokens_first = shape[1] == 1 or (known is not None and known[1] == [1, 0, 2])
-    return [1, 2, 0] if tokens_first else [0, 2, 1]
+    return [1, 2, 0] if shape[1] == 1 or _tokens_first(graph, call.args[0]) else [0, 2, 1]
+
+
+def _tokens_first(graph: Graph, var: Any) -> bool:
+    """Whether f32[T, N, C] comes from a transpose that put the tokens in front of the images."""
+    while True:
+        call = graph.get(var)
+        name = op_name(call)
+        if name == "permute_dims":
+            return permutation(call) == [1, 0, 2]
+        if name == "matmul" and not is_const(call.args[1]):
+            return False
+        if name not in UNARY | BINARY | {"matmul", "reshape", "nn.layer_norm", "nn.rms_norm"}:
+            return False
+        before = next((a for a in call.args if not is_const(a)), None)
+        if before is None or len(_shape(graph, before)) < 2 or _shape(graph, before)[0] != shape_of(var)[0]:
+            return False
+        var = before
 
 
 def _moved(graph: Graph) -> int:
@@ -87,10 +102,15 @@ def _with_axes(graph: Graph, var: Any, call: Any) -> Any:
     inner = graph.get(call.args[0]) if op_name(call) == "matmul" and is_const(call.args[1]) else None
     if op_name(inner) != "reshape" or len(shape_of(var)) != 2:
         return None
-    shape = shape_of(inner.args[0])
-    if len(shape) not in (3, 4) or shape[-1] != shape_of(call.args[0])[-1]:
+    shape, (rows, width) = shape_of(inner.args[0]), shape_of(call.args[0])
+    if len(shape) not in (3, 4):
         return None
-    return relax.op.reshape(like(call, [inner.args[0], call.args[1]]), shape_of(var))
+    tokens = inner.args[0]
+    if shape[-1] != width:  # heads become channels
+        if rows % shape[0] or rows == shape[0]:
+            return None
+        tokens = graph.emit(relax.op.reshape(tokens, (shape[0], rows // shape[0], width)))
+    return relax.op.reshape(like(call, [tokens, call.args[1]]), shape_of(var))
 
 
 def _feeds_product(graph: Graph, var: Any) -> bool:

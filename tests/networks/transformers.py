@@ -91,12 +91,12 @@ class Tokens(Net):
     def rows(self, x: str) -> tuple[str, str, str]:
         """Gemm on the tokens as rows of a matrix."""
         flat = self.reshape(x, -1, self.width)
-        q, k, v = (
-            self.op("Gemm", flat, self.matrix(self.width, self.width), self.vector(self.width), transB=1)
-            for _ in range(3)
-        )
+        q, k, v = (self.gemm(flat) for _ in range(3))
         q, k, v = (self.reshape(y, -1, self.tokens, self.heads, self.depth) for y in (q, k, v))
         return self.transpose(q, 0, 2, 1, 3), self.transpose(k, 0, 2, 3, 1), self.transpose(v, 0, 2, 1, 3)
+
+    def gemm(self, x: str) -> str:
+        return self.op("Gemm", x, self.matrix(self.width, self.width), self.vector(self.width), transB=1)
 
     def attend(self, q: str, k: str, v: str, mask: str | None = None) -> str:
         """f32[N, heads, T, D]."""
@@ -111,8 +111,11 @@ class Tokens(Net):
         """f32[N, T, C] with its last dense layer."""
         if spelling == "tokens_first":
             return self.transpose(self.tokens_first(self.transpose(x, 1, 0, 2)), 1, 0, 2)
-        y = self.merge_heads(self.attend(*getattr(self, spelling)(x), mask=mask))
-        return self.dense(y, self.width, self.width)
+        y = self.attend(*getattr(self, spelling)(x), mask=mask)
+        if spelling == "rows":
+            y = self.gemm(self.reshape(self.transpose(y, 0, 2, 1, 3), -1, self.width))
+            return self.reshape(y, -1, self.tokens, self.width)
+        return self.dense(self.merge_heads(y), self.width, self.width)
 
     def tokens_first(self, x: str) -> str:
         """torch's MultiheadAttention on f32[T, N, C]: the images' heads are one axis."""
@@ -124,7 +127,7 @@ class Tokens(Net):
         q, k, v = (self.transpose(self.reshape(y, *shape), 1, 0, 2) for y in (q, k, v))
         scores = self.op("MatMul", self.op("Mul", q, self.number(self.depth**-0.5)), self.transpose(k, 0, 2, 1))
         y = self.transpose(self.op("MatMul", self.op("Softmax", scores, axis=-1), v), 1, 0, 2)
-        return self.dense(self.reshape(y, self.tokens, -1, self.width), self.width, self.width)
+        return self.reshape(self.gemm(self.reshape(y, -1, self.width)), self.tokens, -1, self.width)
 
     def block(self, x: str, spelling: str = "separate", mask: str | None = None) -> str:
         """Attention and dense layers, each behind a norm and with a residual sum."""
