@@ -99,8 +99,10 @@ def _turned(graph: Graph, var: Any, order: list[int]) -> Any:
 
 def _with_axes(graph: Graph, var: Any, call: Any) -> Any:
     """A dense layer on rows that were tokens before a reshape: the reshape goes behind it."""
-    inner = graph.get(call.args[0]) if op_name(call) == "matmul" and is_const(call.args[1]) else None
-    if op_name(inner) != "reshape" or len(shape_of(var)) != 2:
+    if op_name(call) != "matmul" or len(shape_of(var)) != 2 or not is_const(call.args[1]):
+        return None
+    inner = graph.get(call.args[0])
+    if op_name(inner) != "reshape":
         return None
     shape, (rows, width) = shape_of(inner.args[0]), shape_of(call.args[0])
     if len(shape) not in (3, 4):
@@ -109,7 +111,7 @@ def _with_axes(graph: Graph, var: Any, call: Any) -> Any:
     if shape[-1] != width:  # heads become channels
         if rows % shape[0] or rows == shape[0]:
             return None
-        tokens = graph.emit(relax.op.reshape(tokens, (shape[0], rows // shape[0], width)))
+        tokens = relax.op.reshape(tokens, (shape[0], rows // shape[0], width))
     return relax.op.reshape(like(call, [tokens, call.args[1]]), shape_of(var))
 
 
