@@ -150,18 +150,20 @@ def _sink_binary(graph: Graph, var: Any, call: Any) -> Any:
     left, right = call.args
     shape = shape_of(var)
     xs = [_reshaped(graph, a) for a in (left, right)]
-    if xs[0] is not None and xs[1] is not None:
-        if shape_of(xs[0]) != shape_of(xs[1]) or shape_of(left) != shape_of(right):
+    if not is_const(left) and not is_const(right):
+        if shape_of(left) != shape_of(right):
             return None
-        return relax.op.reshape(like(call, xs), shape)
+        if xs[0] is not None and xs[1] is not None and shape_of(xs[0]) == shape_of(xs[1]):
+            return relax.op.reshape(like(call, xs), shape)
+        rows = (shape_of(x) for x in xs if x is not None and len(shape_of(x)) == 4)
+        form = next((r for r in rows if len(shape) < 4 and _same_without_ones(r, shape)), None)
+        if form is None:  # only towards the form that layers have
+            return None
+        same = [x is not None and shape_of(x) == form for x in xs]
+        args = [x if known else relax.op.reshape(a, form) for a, x, known in zip((left, right), xs, same, strict=True)]
+        return relax.op.reshape(like(call, args), shape)
     at = 0 if xs[0] is not None else 1
     numbers = call.args[1 - at]
-    if not is_const(numbers) and xs[at] is not None and shape_of(left) == shape_of(right):
-        before = shape_of(xs[at])
-        if len(before) != 4 or len(shape) == 4 or not _same_without_ones(before, shape):
-            return None  # only towards the form that layers have
-        other = relax.op.reshape(numbers, before)
-        return relax.op.reshape(like(call, [xs[at], other] if at == 0 else [other, xs[at]]), shape)
     if xs[at] is None or not is_const(numbers) or shape_of(call.args[at]) != shape:
         return None
     moved = _sink_const(numbers, shape_of(xs[at]), shape)

@@ -53,7 +53,7 @@ def _tokens_first(graph: Graph, var: Any) -> bool:
         call = graph.get(var)
         name = op_name(call)
         if name == "permute_dims":
-            return permutation(call) == [1, 0, 2]
+            return len(permutation(call)) == 3 and permutation(call)[1] == 0
         if name == "matmul" and not is_const(call.args[1]):
             return False
         if name not in UNARY | BINARY | {"matmul", "reshape", "nn.layer_norm", "nn.rms_norm"}:
