@@ -5,6 +5,7 @@ outwards.
   becomes reshape + matmul + reshape;
 * matmul of a batch of rows with constant weights becomes a 2-D matmul between reshapes;
 * conv1d and 1-D pooling become their 2-D forms on (N, C, 1, L);
+* a number that multiplies a product of activations goes to its smaller operand;
 * reshapes move behind elementwise operators, so that bias and activation stay next to the layer, and meet other
   reshapes.
 """
@@ -30,6 +31,7 @@ from ._utils import (
     is_const,
     like,
     op_name,
+    scalar,
     shape_of,
     value,
     with_span,
@@ -228,6 +230,21 @@ def _sink_split(graph: Graph, var: Any, item: Any) -> Any:
     return relax.op.reshape(relax.TupleGetItem(parts, item.index), shape_of(var))
 
 
+def _factor_of_product(graph: Graph, var: Any, call: Any) -> Any:
+    """A number that multiplies a product of activations multiplies its smaller operand, which products do on their own."""
+    product, number = graph.get(call.args[0]), call.args[1]
+    if op_name(product) != "matmul" or scalar(number) is None or not graph.single_use(call.args[0]):
+        return None
+    args = list(product.args)
+    at = min((0, 1), key=lambda i: math.prod(shape_of(args[i])))
+    if any(is_const(a) for a in args) or math.prod(shape_of(args[at])) > math.prod(shape_of(var)):
+        return None
+    if shape_of(call.args[0]) != shape_of(var) or dtype_of(var) != "float32":
+        return None
+    args[at] = relax.op.multiply(args[at], const(value(number).reshape(()), dtype_of(number)))
+    return like(product, args)
+
+
 SINKS: dict[str, Rule] = {**dict.fromkeys(UNARY, _sink_unary), **dict.fromkeys(BINARY, _sink_binary)}
 
 
@@ -248,6 +265,7 @@ class _DenseForms(Rewriter):
             "mean": [_sink_mean],
             "max": [_sink_mean],
             **{name: [rule] for name, rule in SINKS.items()},
+            "multiply": [_factor_of_product, _sink_binary],
         }
 
 
