@@ -255,6 +255,54 @@ def convnext(n: Tokens) -> tuple[str, ...]:
     return n.conv(y, n.width, 8, 2, strides=[2, 2], pads=[0] * 4), y
 
 
+@case
+def zeros_around_an_operand(n: Tokens) -> tuple[str, ...]:
+    """The values are read by a convolution of width 3, too; their places have zeros around the pixels."""
+    y = n.transpose(n.dense("x", n.width, n.width), 0, 2, 1)
+    w = (n.rng.standard_normal((n.width, n.width, 3)) / 10).astype(np.float32)
+    wide = n.op("Conv", y, n.const(w), kernel_shape=[3], pads=[1, 1])
+    v = n.transpose(n.reshape(y, 0, n.heads, n.depth, -1), 0, 1, 3, 2)
+    q, k, _ = n.separate("x")
+    y = n.reshape(n.transpose(n.attend(q, k, v), 0, 1, 3, 2), 0, n.width, -1)
+    return (n.op("Conv", n.op("Add", y, wide), n.const(w), kernel_shape=[3], pads=[1, 1]),)
+
+
+@case
+def talking_heads(n: Tokens) -> tuple[str, ...]:
+    """The heads of the scores are channels of convolutions."""
+    q, k, v = n.separate("x")
+    scores = n.conv(n.op("MatMul", q, k), n.heads, n.heads, 1, pads=[0] * 4)
+    scores = n.conv(n.op("Softmax", scores, axis=-1), n.heads, n.heads, 3)
+    return (n.dense(n.merge_heads(n.op("MatMul", scores, v)), n.width, n.width),)
+
+
+@case
+def gram_matrix(n: Tokens) -> tuple[str, ...]:
+    """One value is both operands; the product is read in both orders."""
+    y = n.split_heads(n.dense("x", n.width, n.width))
+    gram = n.op("MatMul", n.transpose(y, 0, 1, 3, 2), y)
+    return n.op("MatMul", y, n.transpose(gram, 0, 1, 3, 2)), n.op("MatMul", y, gram)
+
+
+@case
+def some_of_the_heads(n: Tokens) -> tuple[str, ...]:
+    """Slices backwards, with steps and from the end, a single head by a negative index."""
+    q, k, v = n.gather("x")
+    q = n.op("Slice", q, n.ints(-1), n.ints(-5), n.ints(1), n.ints(-1))
+    k = n.op("Slice", k, n.ints(0), n.ints(24), n.ints(3), n.ints(2))
+    v = n.op("Slice", v, n.ints(-12), n.ints(99), n.ints(2))
+    y = n.attend(q, k, v)
+    last = n.op("Gather", y, n.const(np.int64(-1)), axis=1)
+    return n.dense(last, n.depth, n.width), n.op("Slice", y, n.ints(3), n.ints(20), n.ints(2))
+
+
+@case
+def gated_layer(n: Tokens) -> tuple[str, ...]:
+    """SwiGLU: half of a packed layer gates the other half."""
+    a, b = n.op("Split", n.dense(n.rms_norm("x"), n.width, 4 * n.width), axis=-1, outputs=2)
+    return (n.op("Add", "x", n.dense(n.op("Mul", n.op("Mul", a, n.op("Sigmoid", a)), b), 2 * n.width, n.width)),)
+
+
 @pytest.mark.parametrize(
     "batch", [2, pytest.param(1, marks=pytest.mark.slow), pytest.param(16, marks=pytest.mark.slow)]
 )
