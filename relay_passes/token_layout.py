@@ -154,11 +154,33 @@ class _TokenLayout(Rewriter):
         for var, order in layers:
             graph.replace(var, _turned(graph, var, order))
         self._settle(graph)
-        products = self._turn_products(graph)
+        others = self._turn_sums(graph) + self._turn_products(graph)
         if _moved(graph) < before:
-            self.rewrites += len(layers) + products
+            self.rewrites += len(layers) + others
         else:
             graph.restore(state)
+
+    def _turn_sums(self, graph: Graph) -> int:
+        """Sums of a transposed value and one in token order, as tokens of the network's input are: turned once, all
+        residual sums behind it have channels outermost."""
+        before, state, count = _moved(graph), graph.snapshot(), 0
+        for var in graph.order():
+            call, shape = graph.get(var), _shape(graph, var)
+            if op_name(call) not in BINARY or len(shape) < 3:
+                continue
+            if any(is_const(a) or _shape(graph, a) != shape for a in call.args):
+                continue
+            known = [transposed(graph, a) for a in call.args]
+            axes = next((k[1] for k in known if k is not None), None)
+            if axes is None or None not in known:
+                continue
+            back = inverse(axes)
+            args = [
+                relax.op.permute_dims(a, back) if k is None else k[0] for a, k in zip(call.args, known, strict=True)
+            ]
+            graph.replace(var, relax.op.permute_dims(like(call, args), axes))
+            count += 1
+        return self._kept(graph, state, before, count)
 
     def _turn_products(self, graph: Graph) -> int:
         """S = A B as the transpose of B' A', where A is transposed and V behind the softmax is, too."""
@@ -173,6 +195,10 @@ class _TokenLayout(Rewriter):
                 turned = relax.op.matmul(relax.op.permute_dims(call.args[1], axes), left[0])
                 graph.replace(var, relax.op.permute_dims(turned, axes))
                 count += 1
+        return self._kept(graph, state, before, count)
+
+    def _kept(self, graph: Graph, state: Any, before: int, count: int) -> int:
+        """``count`` changes, or none and the graph as it was if they move more than ``before``."""
         if count:
             self._settle(graph)
         if _moved(graph) <= before:

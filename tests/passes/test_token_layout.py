@@ -152,3 +152,15 @@ def test_padding_by_nothing_is_lifted(pads: list[int], left: int, net: Any) -> N
     y = n.op("Relu", n.op("Pad", n.op("Relu", "x"), n.ints(*pads), n.number(0)))
     counts = net.ops(simplified(n.model(y), net))
     assert counts.get("nn.pad", 0) + counts.get("call_tir", 0) == left and sum(counts.values()) == 1 + 2 * left
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_residual_sums_of_tokens_from_outside(batch: int, net: Any) -> None:
+    """The input is turned, its norm is, and the result; between them no value is in token order."""
+    n = Tokens(batch, 24, 32)
+    y = "x"
+    for _ in range(3):
+        y = n.block(y, "split")
+    turned = swaps(net, simplified(n.model(y), net))
+    assert sum(axes[-2:] == [2, 1] for axes in turned) == 3, turned
+    assert len(turned) == 3 + 3, "and the first operand of each product of scores"
