@@ -71,7 +71,7 @@ def test_norm(shape: tuple[int, int, int, int], centred: bool, lanes: int) -> No
     x = 3 * np.random.default_rng(1).standard_normal(shape).astype(np.float32)
     flat, halo = natural(*shape), around(*shape)
     assert halo.zero_halo
-    for src, dst in ((flat, flat), (halo, flat), (flat, halo)):
+    for src, dst in ((halo, flat), (flat, halo)):
         normed(x, slot(src), slot(dst), LANES[lanes], centred)
 
 
