@@ -138,7 +138,7 @@ class _TokenAxes(Rewriter):
 
 
 class _TokenLayout(Rewriter):
-    """``rewrites`` counts the dense layers and the products that were turned."""
+    """``rewrites`` counts the dense layers, sums and products that were turned."""
 
     def run(self, graph: Graph) -> None:
         if not any(_order(graph, v) or _with_axes(graph, v, graph.get(v)) is not None for v in graph.order()):
