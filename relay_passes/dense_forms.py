@@ -5,6 +5,7 @@ outwards.
   becomes reshape + matmul + reshape;
 * matmul of a batch of rows with constant weights becomes a 2-D matmul between reshapes;
 * conv1d and 1-D pooling become their 2-D forms on (N, C, 1, L);
+* a number that multiplies a product of activations goes to its smaller operand;
 * reshapes move behind elementwise operators, so that bias and activation stay next to the layer, and meet other
   reshapes.
 """
@@ -30,6 +31,7 @@ from ._utils import (
     is_const,
     like,
     op_name,
+    scalar,
     shape_of,
     value,
     with_span,
@@ -151,16 +153,20 @@ def _sink_binary(graph: Graph, var: Any, call: Any) -> Any:
     left, right = call.args
     shape = shape_of(var)
     xs = [_reshaped(graph, a) for a in (left, right)]
-    if xs[0] is not None and xs[1] is not None and shape_of(xs[0]) == shape_of(xs[1]):
-        return relax.op.reshape(like(call, xs), shape) if shape_of(left) == shape_of(right) else None
-    at = 0 if xs[0] is not None and (xs[1] is None or len(shape_of(xs[0])) == 4) else 1
+    if not is_const(left) and not is_const(right):
+        if shape_of(left) != shape_of(right):
+            return None
+        if xs[0] is not None and xs[1] is not None and shape_of(xs[0]) == shape_of(xs[1]):
+            return relax.op.reshape(like(call, xs), shape)
+        rows = (shape_of(x) for x in xs if x is not None and len(shape_of(x)) == 4)
+        form = next((r for r in rows if len(shape) < 4 and _same_without_ones(r, shape)), None)
+        if form is None:  # only towards the form that layers have
+            return None
+        same = [x is not None and shape_of(x) == form for x in xs]
+        args = [x if known else relax.op.reshape(a, form) for a, x, known in zip((left, right), xs, same, strict=True)]
+        return relax.op.reshape(like(call, args), shape)
+    at = 0 if xs[0] is not None else 1
     numbers = call.args[1 - at]
-    if not is_const(numbers) and xs[at] is not None and shape_of(left) == shape_of(right):
-        before = shape_of(xs[at])
-        if len(before) != 4 or len(shape) == 4 or not _same_without_ones(before, shape):
-            return None  # only towards the form that layers have
-        other = relax.op.reshape(numbers, before)
-        return relax.op.reshape(like(call, [xs[at], other] if at == 0 else [other, xs[at]]), shape)
     if xs[at] is None or not is_const(numbers) or shape_of(call.args[at]) != shape:
         return None
     moved = _sink_const(numbers, shape_of(xs[at]), shape)
@@ -208,6 +214,38 @@ def _sink_norm(graph: Graph, var: Any, call: Any) -> Any:
     return relax.op.reshape(norm, after)
 
 
+def _sink_split(graph: Graph, var: Any, item: Any) -> Any:
+    """A part of the channels; all parts share one new split."""
+    split = graph.get(item.tuple_value)
+    x = _row_source(graph, split.args[0]) if op_name(split) == "split" else None
+    if x is None or int(split.attrs.axis) % 3 != 1:
+        return None
+    sections = split.attrs.indices_or_sections
+    twins = (u for u in graph.users[x] if graph.op(u) == "split" and int(graph.get(u).attrs.axis) % 4 == 1)
+    parts = next((u for u in twins if str(graph.get(u).attrs.indices_or_sections) == str(sections)), None)
+    if parts is None:
+        parts = graph.emit(relax.op.split(x, ints(sections) if hasattr(sections, "__len__") else int(sections), 1))
+    return relax.op.reshape(relax.TupleGetItem(parts, item.index), shape_of(var))
+
+
+def _factor_of_product(graph: Graph, var: Any, call: Any) -> Any:
+    """A number that multiplies a product of activations multiplies its smaller operand, which products do on their own."""
+    product, number = graph.get(call.args[0]), call.args[1]
+    if op_name(product) != "matmul" or scalar(number) is None or not graph.single_use(call.args[0]):
+        return None
+    args = list(product.args)
+    at = min((0, 1), key=lambda i: math.prod(shape_of(args[i])))
+    if any(is_const(a) for a in args) or math.prod(shape_of(args[at])) > math.prod(shape_of(var)):
+        return None
+    if shape_of(call.args[0]) != shape_of(var) or dtype_of(var) != "float32":
+        return None
+    args[at] = relax.op.multiply(args[at], const(value(number).reshape(()), dtype_of(number)))
+    return like(product, args)
+
+
+SINKS: dict[str, Rule] = {**dict.fromkeys(UNARY, _sink_unary), **dict.fromkeys(BINARY, _sink_binary)}
+
+
 class _DenseForms(Rewriter):
     """``rewrites`` counts converted layers and moved reshapes."""
 
@@ -221,10 +259,11 @@ class _DenseForms(Rewriter):
             "concat": [_sink_concat],
             "nn.layer_norm": [_sink_norm],
             "nn.rms_norm": [_sink_norm],
+            "TupleGetItem": [_sink_split],
             "mean": [_sink_mean],
             "max": [_sink_mean],
-            **{name: [_sink_unary] for name in UNARY},
-            **{name: [_sink_binary] for name in BINARY},
+            **{name: [rule] for name, rule in SINKS.items()},
+            "multiply": [_factor_of_product, _sink_binary],
         }
 
 

@@ -62,6 +62,10 @@ class View:
             out += new
         return replace(self, axes=tuple(out)) if len(out) == len(shape) else None
 
+    def apart(self, shape: Sequence[int], images: int) -> View | None:
+        """Reshaped to ``shape``, the first axis of which is two here: the images, and what each has of it."""
+        return None if shape[0] % images else self.reshaped((images, shape[0] // images, *shape[1:]))
+
     def sliced(self, axis: int, begin: int, extent: int) -> View:
         _, step = self.axes[axis]
         n, c, h, w = (a + begin * b for a, b in zip(self.first, step, strict=True))
@@ -140,8 +144,21 @@ def _operand(graph: Graph, var: Any, flat: set[Any]) -> tuple[View, float]:
             return View.of(var, False), 1.0
     view: View | None = View.of(current, True)
     for step in reversed(chain):
-        view = _step(view, graph.get(step), shape_of(step)) if view is not None else None
+        if view is None:
+            break
+        call, shape, rank = graph.get(step), shape_of(step), len(shape_of(graph.get(step).args[0]))
+        same = _step(view, call, shape) if len(view.axes) == rank else None
+        view = _step_apart(view, call, shape, shape_of(current)[0], len(view.axes) > rank) if same is None else same
     return (View.of(var, False), 1.0) if view is None else (view, scale)
+
+
+def _step_apart(view: View, call: Any, shape: tuple[int, ...], images: int, already: bool) -> View | None:
+    """As ``_step``, for a first axis that joins images and their heads, which lie on no common axis."""
+    if op_name(call) == "reshape":
+        return view.apart(shape, images)
+    if op_name(call) == "permute_dims" and already and permutation(call)[0] == 0:
+        return view.permuted([0, *(a + 1 for a in permutation(call))])
+    return None
 
 
 def _step(view: View, call: Any, shape: tuple[int, ...]) -> View | None:
@@ -182,7 +199,8 @@ def read_product(graph: Graph, var: Any, flat: set[Any]) -> MatrixProduct | None
         inner = call.args[0]
         if len(shape) != 4 or not graph.single_use(inner) or graph.op(inner) != "matmul":
             return None
-        seen = View.of(var, True).reshaped(shape_of(inner))
+        whole = View.of(var, True)
+        seen = whole.reshaped(shape_of(inner)) or whole.apart(shape_of(inner), shape[0])
         if seen is None or not seen.contiguous:
             return None
         result, var, call, shape = seen, inner, graph.get(inner), shape_of(inner)
@@ -197,7 +215,20 @@ def read_product(graph: Graph, var: Any, flat: set[Any]) -> MatrixProduct | None
         b, right = View.of(call.args[1], False), 1.0
     if not (a.flat or b.flat or result.flat):
         return None
+    views = a, b, result
+    if any(len(v.axes) > len(shape) for v in views):
+        images = {v.axes[0][0] for v in views if len(v.axes) > len(shape)}
+        split = [_split_images(v, len(shape), images) for v in views]
+        if len(images) > 1 or any(v is None for v in split):
+            return None
+        a, b, result = split  # type: ignore[assignment]
     return MatrixProduct(a, b, result, left * right)
+
+
+def _split_images(view: View, rank: int, images: set[int]) -> View | None:
+    if len(view.axes) > rank:
+        return view
+    return view.apart([d for d, _ in view.axes], next(iter(images)))
 
 
 _RENAMES = frozenset(("reshape", "permute_dims", "take", "strided_slice", "multiply"))  # that a view may stand for

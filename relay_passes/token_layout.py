@@ -17,7 +17,8 @@ from typing import Any
 from tvm import relax
 
 from ..kernels import FEW_ROWS
-from ._utils import BINARY, UNARY, Graph, Rewriter, graph_pass, is_const, like, op_name, shape_of
+from ._utils import BINARY, UNARY, Graph, Rewriter, Rule, graph_pass, is_const, like, op_name, shape_of
+from .dense_forms import SINKS
 from .simplify_noise import SimplifyNoise, permutation
 from .to_nchw import ToNCHW
 from .transpose_rules import as_convolution, before_merge, groups_of_axes, inverse, swaps_last, transposed
@@ -43,7 +44,25 @@ def _order(graph: Graph, var: Any) -> list[int] | None:
         return [1, 0] if batch == {1} else None
     if len(shape) == 4:
         return _TO_NCHW
-    return [1, 2, 0] if {shape[1]} == batch != {shape[0]} else [0, 2, 1]  # tokens stand first in PyTorch's attention
+    tokens_first = {shape[1]} == batch != {shape[0]} or _tokens_first(graph, call.args[0])
+    return [1, 2, 0] if tokens_first else [0, 2, 1]
+
+
+def _tokens_first(graph: Graph, var: Any) -> bool:
+    """Whether f32[T, N, C] comes from a transpose that put the tokens in front of the images."""
+    while True:
+        call = graph.get(var)
+        name = op_name(call)
+        if name == "permute_dims":
+            return len(permutation(call)) == 3 and permutation(call)[1] == 0
+        if name == "matmul" and not is_const(call.args[1]):
+            return False
+        if name not in UNARY | BINARY | {"matmul", "reshape", "nn.layer_norm", "nn.rms_norm"}:
+            return False
+        before = next((a for a in call.args if not is_const(a)), None)
+        if before is None or len(_shape(graph, before)) < 2 or _shape(graph, before)[0] != shape_of(var)[0]:
+            return False
+        var = before
 
 
 def _moved(graph: Graph) -> int:
@@ -79,10 +98,9 @@ def _turned(graph: Graph, var: Any, order: list[int]) -> Any:
     return relax.op.permute_dims(relax.op.reshape(conv, shape_of(var)[::-1]), order)
 
 
-def _with_axes(graph: Graph, var: Any) -> Any:
+def _with_axes(graph: Graph, var: Any, call: Any) -> Any:
     """A dense layer on rows that were tokens before a reshape: the reshape of the rows goes behind it."""
-    call = graph.get(var)
-    inner = graph.get(call.args[0])
+    inner: Any = graph.get(call.args[0]) if op_name(call) == "matmul" and is_const(call.args[1]) else None
     if op_name(inner) != "reshape" or len(shape_of(var)) != 2 or 0 in shape_of(inner.args[0]):
         return None
     shape = shape_of(inner.args[0])
@@ -109,18 +127,22 @@ def _feeds_product(graph: Graph, var: Any) -> bool:
     return False
 
 
+class _TokenAxes(Rewriter):
+    """Rows get their axes back as far as elementwise operators reach."""
+
+    def rules(self) -> dict[str, list[Rule]]:
+        return {"matmul": [_with_axes], **{name: [rule] for name, rule in SINKS.items()}}
+
+
 class _TokenLayout(Rewriter):
-    """``rewrites`` counts the dense layers and the products that were turned."""
+    """``rewrites`` counts the dense layers, sums and products that were turned."""
 
     def run(self, graph: Graph) -> None:
-        if not any(_order(graph, v) for v in graph.order()):
+        if not any(_order(graph, v) or _with_axes(graph, v, graph.get(v)) is not None for v in graph.order()):
             return
-        before, state = _moved(graph), graph.snapshot()
-        for var in graph.order():
-            if op_name(graph.get(var)) == "matmul" and is_const(graph.get(var).args[1]):
-                axes = _with_axes(graph, var)
-                if axes is not None:
-                    graph.replace(var, axes)
+        state = graph.snapshot()
+        _TokenAxes().run(graph)
+        before = _moved(graph)
         for var in graph.order():
             joined = before_merge(graph, var, _TO_NCHW) if len(_shape(graph, var)) == 4 else None
             if joined is not None:  # windows become an image again
@@ -129,11 +151,33 @@ class _TokenLayout(Rewriter):
         for var, order in layers:
             graph.replace(var, _turned(graph, var, order))
         self._settle(graph)
-        products = self._turn_products(graph)
+        others = self._turn_sums(graph) + self._turn_products(graph)
         if _moved(graph) < before:
-            self.rewrites += len(layers) + products
+            self.rewrites += len(layers) + others
         else:
             graph.restore(state)
+
+    def _turn_sums(self, graph: Graph) -> int:
+        """Sums of a transposed value and one in token order, as tokens of the network's input are: turned once, all
+        residual sums behind it have channels outermost."""
+        before, state, count = _moved(graph), graph.snapshot(), 0
+        for var in graph.order():
+            call, shape = graph.get(var), _shape(graph, var)
+            if op_name(call) not in BINARY or len(shape) < 3:
+                continue
+            if any(is_const(a) or _shape(graph, a) != shape for a in call.args):
+                continue
+            known = [transposed(graph, a) for a in call.args]
+            axes = next((k[1] for k in known if k is not None), None)
+            if axes is None or None not in known:
+                continue
+            back = inverse(axes)
+            args = [
+                relax.op.permute_dims(a, back) if k is None else k[0] for a, k in zip(call.args, known, strict=True)
+            ]
+            graph.replace(var, relax.op.permute_dims(like(call, args), axes))
+            count += 1
+        return self._kept(graph, state, before, count)
 
     def _turn_products(self, graph: Graph) -> int:
         """S = A B as the transpose of B' A', where A is transposed and V behind the softmax is, too."""
@@ -148,6 +192,10 @@ class _TokenLayout(Rewriter):
                 turned = relax.op.matmul(relax.op.permute_dims(call.args[1], axes), left[0])
                 graph.replace(var, relax.op.permute_dims(turned, axes))
                 count += 1
+        return self._kept(graph, state, before, count)
+
+    def _kept(self, graph: Graph, state: Any, before: int, count: int) -> int:
+        """``count`` changes, or none and the graph as it was if they move more than ``before``."""
         if count:
             self._settle(graph)
         if _moved(graph) <= before:

@@ -82,7 +82,11 @@ def _tile(
                 store(total, 0, width, load(total, 0, width) + term(c, i))
         return [B.bind(load(total, 0, width) * splat(1.0 / channels, width)) for total in sums]
 
-    mean = mean_of(lambda c, i: value(c, starts[i])) if workload.centred else None
+    mean: list[Any] | None = None
+    if workload.centred:  # sums of differences from one of the numbers: those of a large mean would lose the small ones
+        pivot = [B.bind(value(0, start)) for start in starts]
+        offset = mean_of(lambda c, i: value(c, starts[i]) - pivot[i])
+        mean = [B.bind(p + o) for p, o in zip(pivot, offset, strict=True)]
 
     def difference(c: Index, i: int) -> Any:
         return B.bind(value(c, starts[i]) if mean is None else value(c, starts[i]) - mean[i])

@@ -172,6 +172,22 @@ def test_softmax(log: bool, target: CpuTarget) -> None:
         assert wide(target) in asm
 
 
+@pytest.mark.parametrize("target", TARGETS, ids=lambda t: t.isa)
+@pytest.mark.parametrize("log", [False, True], ids=["softmax", "log_softmax"])
+@pytest.mark.parametrize("inner", [1, 7, 16, 49, 64, 65, 128, 197])
+def test_softmax_of_any_number_of_columns(inner: int, log: bool, target: CpuTarget) -> None:
+    """Masked elements and rows are 0 (-inf as logarithm); a column of nothing else is NaN, as its neighbours are not."""
+    shape = (3, 37, inner)
+    x = (np.random.default_rng(inner).standard_normal(shape) * 10).astype("float32")
+    x[0, ::3], x[1, :, inner // 2] = -np.inf, -np.inf
+    x[2, 5], x[2, 6, -1] = -3e38, 80
+    with np.errstate(invalid="ignore"):
+        want = (special.log_softmax if log else special.softmax)(x.astype("float64"), axis=1)
+    assert np.isnan(want).sum() == 37
+    got, _ = run(rows.softmax(shape, rows.Rows(3, 37, inner), target, log=log), target, shape, x)
+    np.testing.assert_allclose(got, want, rtol=2e-5, atol=1e-5 if log else 1e-7)
+
+
 def test_normalise() -> None:
     rng = np.random.default_rng(4)
     for shape, run_length, per_row in [((2, 17, 192), 1, 192), ((2, 12, 7, 7), 49, 3), ((2, 6, 5, 13), 65, 1)]:

@@ -76,6 +76,13 @@ def run_compiled(compiled: Compiled, feeds: dict[str, np.ndarray[Any, Any]]) -> 
     return [out.numpy()] if hasattr(out, "numpy") else [o.numpy() for o in out]
 
 
+def run_onnx(model: onnx.ModelProto, feeds: dict[str, np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = 1  # its threads would spin on CPUs that other tests use
+    session = onnxruntime.InferenceSession(model.SerializeToString(), settings, providers=["CPUExecutionProvider"])
+    return session.run(None, feeds)
+
+
 def check(
     model: onnx.ModelProto, options: CompileOptions | None = None, seed: int = 1, tolerance: float = TOLERANCE
 ) -> Compiled:
@@ -85,10 +92,7 @@ def check(
     compiled = compile_model(model, dataclasses.replace(options, calibration=options.calibration or "none"))
     rng = np.random.default_rng(seed)
     feeds = {s.name: rng.standard_normal(s.shape).astype(s.dtype) for s in compiled.manifest.inputs}
-    settings = onnxruntime.SessionOptions()
-    settings.intra_op_num_threads = 1  # its threads would spin on CPUs that other tests use
-    session = onnxruntime.InferenceSession(model.SerializeToString(), settings, providers=["CPUExecutionProvider"])
-    expected = session.run(None, feeds)
+    expected = run_onnx(model, feeds)
     got = run_compiled(compiled, feeds)
     assert len(got) == len(expected)
     for g, e in zip(got, expected, strict=True):
