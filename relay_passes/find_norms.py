@@ -30,7 +30,7 @@ def _with_number(graph: Graph, expr: Any, name: str) -> tuple[Any, float] | None
         return None
     for data, other in (call.args, reversed(list(call.args))):
         number = scalar(other)
-        if number is not None and not is_const(data) and shape_of(data) == shape_of(call):
+        if number is not None and not is_const(data) and shape_of(data) == shape_of(expr):
             return data, number
     return None
 

@@ -39,13 +39,12 @@ def _order(graph: Graph, var: Any) -> list[int] | None:
     shape = shape_of(call.args[0])
     if len(shape_of(call.args[1])) != 2 or len(shape) not in (2, 3, 4) or math.prod(shape[:-1]) < FEW_ROWS:
         return None
-    batch = {shape_of(p)[0] for p in graph.func.params if shape_of(p)}
     if len(shape) == 2:  # rows are the tokens of one image, or the images
-        return [1, 0] if batch == {1} else None
+        params = [p for p in graph.func.params if shape_of(p)]
+        return [1, 0] if all(shape_of(p)[0] == 1 for p in params) else None
     if len(shape) == 4:
         return _TO_NCHW
-    tokens_first = {shape[1]} == batch != {shape[0]} or _tokens_first(graph, call.args[0])
-    return [1, 2, 0] if tokens_first else [0, 2, 1]
+    return [1, 2, 0] if shape[1] == 1 or _tokens_first(graph, call.args[0]) else [0, 2, 1]
 
 
 def _tokens_first(graph: Graph, var: Any) -> bool:
@@ -54,7 +53,9 @@ def _tokens_first(graph: Graph, var: Any) -> bool:
         call = graph.get(var)
         name = op_name(call)
         if name == "permute_dims":
-            return len(permutation(call)) == 3 and permutation(call)[1] == 0
+            batches = {shape_of(p)[0] for p in graph.func.params if shape_of(p)}
+            forth = shape_of(var)[0] not in batches  # and not back
+            return len(permutation(call)) > 2 and permutation(call)[1] == 0 and forth
         if name == "matmul" and not is_const(call.args[1]):
             return False
         if name not in UNARY | BINARY | {"matmul", "reshape", "nn.layer_norm", "nn.rms_norm"}:
@@ -103,11 +104,14 @@ def _with_axes(graph: Graph, var: Any, call: Any) -> Any:
     inner: Any = graph.get(call.args[0]) if op_name(call) == "matmul" and is_const(call.args[1]) else None
     if op_name(inner) != "reshape" or len(shape_of(var)) != 2 or 0 in shape_of(inner.args[0]):
         return None
-    shape = shape_of(inner.args[0])
-    groups = groups_of_axes(shape, shape_of(call.args[0]))
-    if len(groups) != 2 or len(groups[0][0]) not in (2, 3):
+    shape, (count, width) = shape_of(inner.args[0]), shape_of(call.args[0])
+    groups = groups_of_axes(shape, (count, width))
+    if len(groups) == 2 and len(groups[0][0]) in (2, 3):
+        tokens = (*(shape[i] for i in groups[0][0]), width)
+    elif len(shape) in (3, 4) and count % shape[0] == 0 and count != shape[0]:  # an axis of images and heads
+        tokens = (shape[0], count // shape[0], width)
+    else:
         return None
-    tokens = (*(shape[i] for i in groups[0][0]), shape_of(call.args[0])[1])
     rows = relax.op.reshape(inner.args[0], tokens) if tokens != shape else inner.args[0]
     return relax.op.reshape(like(call, [rows, call.args[1]]), shape_of(var))
 

@@ -23,6 +23,7 @@ from skimtvm.workload import ConvWorkload
 from .helpers import conv_reference, gamma, gaps, poisoned
 
 BIAS_RELU = Program((Instr("add", ("t0", "c0")), Instr("nn.relu", ("v0",))), 1, 1)
+BIAS_TANH_ADD = Program((Instr("add", ("t0", "c0")), Instr("tanh", ("v0",)), Instr("add", ("v1", "t1"))), 2, 1)
 BIAS_ADD_RELU = Program((Instr("add", ("t0", "c0")), Instr("add", ("v0", "t1")), Instr("nn.relu", ("v1",))), 2, 1)
 
 
@@ -91,6 +92,7 @@ def make(
     *,
     out_halo: Halo = PADDED,
     residual: bool = False,
+    epilogue: Program | None = None,
     **knobs: int,
 ) -> Case:
     density, rows, dense = FORMATS[fmt]
@@ -117,7 +119,7 @@ def make(
     res = rng.standard_normal(wl.out_shape).astype(np.float32) if residual else None
     kernel = conv.build(
         wl, w, s, d, chosen,
-        epilogue=BIAS_ADD_RELU if residual else BIAS_RELU, tensors=(d,) if residual else (),
+        epilogue=epilogue or (BIAS_ADD_RELU if residual else BIAS_RELU), tensors=(d,) if residual else (),
     )  # fmt: skip
     executable = compile_kernel(gather_gemm.emit(kernel.gemm), target)
     arrays = [poisoned(stored, src), *kernel.constants, bias, *([poisoned(res, dst)] if residual else [])]
@@ -245,3 +247,20 @@ def test_small_planes_of_many_channels_take_the_channels_into_the_lanes() -> Non
         src, dst = plane(1, wl.c, wl.h, wl.w, space, halo), plane(1, wl.k, wl.h, wl.w, space, Halo())
         knobs = conv.default_knobs(wl, 8, True, Slot(src, src.size), Slot(dst, dst.size), TARGETS["znver4"], 1.0)
         assert knobs.across == across, wl
+
+
+@pytest.mark.parametrize("name", ["same3x3", "batch2-k17", "7x7s2", "wide"])
+@pytest.mark.parametrize("knobs", [{"rows": 8, "vectors": 3}, {"rows": 16, "vectors": 14, "across": True}], ids=str)
+def test_long_epilogue_runs_in_a_loop(name: str, knobs: dict[str, int]) -> None:
+    """One copy in the code, in place of one for each of 24 or 224 accumulators."""
+    wl, target = dataclasses.replace(WORKLOADS[name], k=WORKLOADS[name].k + 32), TARGETS["znver4"]
+    case = make(wl, target, "dense", residual=True, epilogue=BIAS_TANH_ADD, lanes=16, **knobs)
+    flat = case.run()
+    expected = np.tanh(conv_reference(wl, case.x, case.w) + case.bias[:, None, None]) + case.residual
+    scale = conv_reference(wl, np.abs(case.x), np.abs(case.w)) + np.abs(case.bias)[:, None, None]
+    error = np.abs(unpack(flat, case.dst) - expected)  # the slope of tanh is at most 1, it is good to two units
+    assert (error <= gamma(wl.row_length) * scale + 4e-7 * (1 + np.abs(case.residual))).all(), error.max()
+    assert not gaps(flat, case.dst).any() and np.isnan(flat[case.dst.c * case.dst.c_pitch :]).all()
+    short = make(wl, target, "dense", residual=True, lanes=16, **knobs)
+    long, brief = (len(gather_gemm.emit(c.kernel.gemm).script()) for c in (case, short))
+    assert long < 1.6 * brief
