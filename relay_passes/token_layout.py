@@ -17,7 +17,7 @@ from typing import Any
 from tvm import relax
 
 from ..kernels import FEW_ROWS
-from ._utils import BINARY, UNARY, Graph, Rewriter, Rule, graph_pass, is_const, like, op_name, shape_of
+from ._utils import BINARY, UNARY, Graph, Rewriter, Rule, dtype_of, graph_pass, is_const, like, op_name, shape_of
 from .dense_forms import SINKS
 from .simplify_noise import SimplifyNoise, permutation
 from .to_nchw import ToNCHW
@@ -26,7 +26,7 @@ from .transpose_rules import as_convolution, before_merge, groups_of_axes, inver
 _TO_NCHW = [0, 3, 1, 2]
 
 
-def _shape(graph: Graph, var: Any) -> tuple[int, ...]:
+def _shape(var: Any) -> tuple[int, ...]:
     """() for tuples."""
     return shape_of(var) if isinstance(var.ty, relax.TensorType) else ()
 
@@ -35,6 +35,8 @@ def _order(graph: Graph, var: Any) -> list[int] | None:
     """Axes of the input of the dense layer ``var``, batch and channels first; None for what is no dense layer on tokens."""
     call = graph.get(var)
     if op_name(call) != "matmul" or not is_const(call.args[1]) or is_const(call.args[0]):
+        return None
+    if any(dtype_of(a) != "float32" for a in call.args):
         return None
     shape = shape_of(call.args[0])
     if len(shape_of(call.args[1])) != 2 or len(shape) not in (2, 3, 4) or math.prod(shape[:-1]) < FEW_ROWS:
@@ -61,7 +63,7 @@ def _tokens_first(graph: Graph, var: Any) -> bool:
         if name not in UNARY | BINARY | {"matmul", "reshape", "nn.layer_norm", "nn.rms_norm"}:
             return False
         before = next((a for a in call.args if not is_const(a)), None)
-        if before is None or len(_shape(graph, before)) < 2 or _shape(graph, before)[0] != shape_of(var)[0]:
+        if before is None or len(_shape(before)) < 2 or _shape(before)[0] != shape_of(var)[0]:
             return False
         var = before
 
@@ -148,7 +150,7 @@ class _TokenLayout(Rewriter):
         _TokenAxes().run(graph)
         before = _moved(graph)
         for var in graph.order():
-            joined = before_merge(graph, var, _TO_NCHW) if len(_shape(graph, var)) == 4 else None
+            joined = before_merge(graph, var, _TO_NCHW) if len(_shape(var)) == 4 else None
             if joined is not None:  # windows become an image again
                 graph.replace(var, relax.op.permute_dims(joined, inverse(_TO_NCHW)))
         layers = [(v, order) for v in graph.order() if (order := _order(graph, v))]
@@ -166,10 +168,10 @@ class _TokenLayout(Rewriter):
         residual sums behind it have channels outermost."""
         before, state, count = _moved(graph), graph.snapshot(), 0
         for var in graph.order():
-            call, shape = graph.get(var), _shape(graph, var)
+            call, shape = graph.get(var), _shape(var)
             if op_name(call) not in BINARY or len(shape) < 3:
                 continue
-            if any(is_const(a) or _shape(graph, a) != shape for a in call.args):
+            if any(is_const(a) or _shape(a) != shape for a in call.args):
                 continue
             known = [transposed(graph, a) for a in call.args]
             axes = next((k[1] for k in known if k is not None), None)
@@ -211,7 +213,7 @@ class _TokenLayout(Rewriter):
     def _settle(graph: Graph) -> None:
         """Let transposes and reshapes meet."""
         stages = [SimplifyNoise.rewriter(), ToNCHW.rewriter()]
-        while True:
+        for _ in range(Rewriter.max_rounds):
             before = sum(s.rewrites for s in stages)
             for stage in stages:
                 stage.run(graph)

@@ -250,7 +250,8 @@ def _down_matmul(graph: Graph, var: Any, call: Any) -> Any:
     if known is None:
         return None
     x, axes = known
-    if is_const(call.args[1]) and len(shape_of(call.args[1])) == 2 and axes in (_TO_NHWC, [0, 2, 1]):
+    layer = is_const(call.args[1]) and len(shape_of(call.args[1])) == 2 and dtype_of(call.args[1]) == "float32"
+    if layer and axes in (_TO_NHWC, [0, 2, 1]):
         return relax.op.permute_dims(as_convolution(x, call.args[1], call.span), axes)
     if right is not None and swaps_last(axes) and right[1] == axes:
         return relax.op.permute_dims(relax.op.matmul(right[0], x), axes)
