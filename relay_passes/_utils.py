@@ -96,6 +96,18 @@ def like(call: Any, args: Sequence[Any], attrs: Any = None) -> Any:
     return relax.Call(call.op, list(args), call.attrs if attrs is None else attrs, call.ty_args, call.span)
 
 
+def slice_bounds(call: Any) -> list[tuple[int, int, int, int]] | None:
+    """(axis, begin, end, step) of each axis that a strided_slice cuts, as given but for the axis, from 0; None if not
+    constant."""
+    try:
+        axes, *bounds = ([int(getattr(v, "value", v)) for v in t.fields] for t in call.args[1:])
+    except (AttributeError, TypeError, ValueError):
+        return None
+    begin, end, step = bounds if len(bounds) > 2 else (*bounds, [1] * len(axes))
+    rank = len(shape_of(call.args[0]))
+    return [(a % rank, b, e, s) for a, b, e, s in zip(axes, begin, end, step, strict=True)]
+
+
 def with_span(call: Any, span: Any) -> Any:
     """The same call carrying ``span``, the layer name of the anchor it replaces."""
     return call if span is None else relax.Call(call.op, call.args, call.attrs, call.ty_args, span)

@@ -36,7 +36,7 @@ from ._utils import (
     value,
     with_span,
 )
-from .transpose_rules import normalised
+from .transpose_rules import normalised, shared_split
 
 
 def _conv_to_dense(graph: Graph, var: Any, call: Any) -> Any:
@@ -220,12 +220,7 @@ def _sink_split(graph: Graph, var: Any, item: Any) -> Any:
     x = _row_source(graph, split.args[0]) if op_name(split) == "split" else None
     if x is None or int(split.attrs.axis) % 3 != 1:
         return None
-    sections = split.attrs.indices_or_sections
-    twins = (u for u in graph.users[x] if graph.op(u) == "split" and int(graph.get(u).attrs.axis) % 4 == 1)
-    parts = next((u for u in twins if str(graph.get(u).attrs.indices_or_sections) == str(sections)), None)
-    if parts is None:
-        parts = graph.emit(relax.op.split(x, ints(sections) if hasattr(sections, "__len__") else int(sections), 1))
-    return relax.op.reshape(relax.TupleGetItem(parts, item.index), shape_of(var))
+    return relax.op.reshape(relax.TupleGetItem(shared_split(graph, x, split, 1), item.index), shape_of(var))
 
 
 def _factor_of_product(graph: Graph, var: Any, call: Any) -> Any:

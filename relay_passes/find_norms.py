@@ -23,10 +23,10 @@ def _mean(graph: Graph, expr: Any) -> tuple[Any, int] | None:
     return call.args[0], ints(call.attrs.axis)[0] % len(shape_of(call.args[0]))
 
 
-def _with_number(graph: Graph, expr: Any, name: str) -> tuple[Any, float] | None:
-    """(x, number) of a commutative operator with a constant of one element."""
+def _plus_number(graph: Graph, expr: Any) -> tuple[Any, float] | None:
+    """(x, number) of x + number."""
     call = graph.get(expr)
-    if op_name(call) != name:
+    if op_name(call) != "add":
         return None
     for data, other in (call.args, reversed(list(call.args))):
         number = scalar(other)
@@ -55,10 +55,11 @@ def _square(graph: Graph, expr: Any) -> Any:
     if op_name(call) != "multiply":
         return None
     a, b = call.args
-    return a if a == b or _same_difference(graph, a, b) else None
+    return a if _same_difference(graph, a, b) else None
 
 
 def _same_difference(graph: Graph, a: Any, b: Any) -> bool:
+    """The same value, or x - mean(x) computed twice."""
     if a == b:
         return True
     left, right = graph.get(a), graph.get(b)
@@ -68,33 +69,50 @@ def _same_difference(graph: Graph, a: Any, b: Any) -> bool:
     return left.args[1] == right.args[1] or (means[0] is not None and means[0] == means[1])
 
 
+def _variance(graph: Graph, root: Any, *, divided: bool) -> tuple[Any, int, float] | None:
+    """(d, axis, epsilon) when ``root`` (or, ``divided``, 1 / ``root``) is 1 / sqrt(mean(d * d) + epsilon)."""
+    inside = _inverse_root(graph, root, divided=divided)
+    shifted = _plus_number(graph, inside) if inside is not None else None
+    squares = _mean(graph, shifted[0]) if shifted is not None else None
+    base = _square(graph, squares[0]) if squares is not None else None
+    return None if shifted is None or squares is None or base is None else (base, squares[1], shifted[1])
+
+
+def _centred(graph: Graph, d: Any, axis: int) -> Any:
+    """x when ``d`` is x - mean(x) along ``axis``."""
+    call = graph.get(d)
+    return call.args[0] if op_name(call) == "subtract" and _mean(graph, call.args[1]) == (call.args[0], axis) else None
+
+
+def _layer_norm(x: Any, axis: int, epsilon: float) -> Any:
+    length = shape_of(x)[axis]
+    ones, zeros = const(np.ones(length, np.float32)), const(np.zeros(length, np.float32))
+    return relax.op.nn.layer_norm(x, ones, zeros, [axis], epsilon)
+
+
 def _normalised(graph: Graph, var: Any, call: Any) -> Any:
     """d / sqrt(mean(d * d) + epsilon), where d is x or x - mean(x)."""
     if dtype_of(var) != "float32":
         return None
     divided = op_name(call) == "divide"
     for data, root in (call.args,) if divided else (call.args, reversed(list(call.args))):
-        variance = _inverse_root(graph, root, divided=divided) if not is_const(data) else None
-        shifted = _with_number(graph, variance, "add") if variance is not None else None
-        squares = _mean(graph, shifted[0]) if shifted is not None else None
-        if shifted is None or squares is None or shape_of(data) != shape_of(var):
+        found = _variance(graph, root, divided=divided)
+        if found is None or is_const(data) or shape_of(data) != shape_of(var):
             continue
-        base = _square(graph, squares[0])
-        if base is None or not (base == data or _same_difference(graph, base, data)):
+        base, axis, epsilon = found
+        if not _same_difference(graph, base, data):
             continue
-        axis, length = squares[1], shape_of(data)[squares[1]]
-        ones = const(np.ones(length, np.float32))
-        inner = graph.get(data)
-        mean = _mean(graph, inner.args[1]) if op_name(inner) == "subtract" else None
-        if mean is not None and mean == (inner.args[0], axis):
-            zeros = const(np.zeros(length, np.float32))
-            return relax.op.nn.layer_norm(inner.args[0], ones, zeros, [axis], shifted[1])
-        return relax.op.nn.rms_norm(data, ones, [axis], shifted[1])
+        x = _centred(graph, data, axis)
+        if x is not None:
+            return _layer_norm(x, axis, epsilon)
+        return relax.op.nn.rms_norm(data, const(np.ones(shape_of(data)[axis], np.float32)), [axis], epsilon)
     return None
 
 
 def _scaled_first(graph: Graph, var: Any, call: Any) -> Any:
     """x * k + (beta - mean(x) * k), k = gamma / sqrt(variance + epsilon): TensorFlow's spelling."""
+    if dtype_of(var) != "float32":
+        return None
     for left, right in (call.args, reversed(list(call.args))):
         product, shift = graph.get(left), graph.get(right)
         if op_name(product) != "multiply" or op_name(shift) != "subtract" or not is_const(shift.args[0]):
@@ -103,20 +121,16 @@ def _scaled_first(graph: Graph, var: Any, call: Any) -> Any:
         if op_name(other) != "multiply":
             continue
         for x, k in (product.args, reversed(list(product.args))):
-            pair = list(other.args)
-            if k not in pair or is_const(k):
-                continue
-            at_mean = pair[1 - pair.index(k)]
-            scale, mean = graph.get(k), _mean(graph, at_mean)
-            if op_name(scale) != "multiply" or mean is None or mean[0] != x:
+            scale, pair = graph.get(k), list(other.args)
+            if op_name(scale) != "multiply" or k not in pair:
                 continue
             root, gamma = scale.args if is_const(scale.args[1]) else reversed(list(scale.args))
-            if not is_const(gamma) or is_const(root):
+            found = _variance(graph, root, divided=False) if is_const(gamma) else None
+            if found is None:
                 continue
-            # The same, spelled as _normalised and _affine know it.
-            centred = graph.emit(relax.op.multiply(graph.emit(relax.op.subtract(x, at_mean)), root))
-            if _normalised(graph, centred, graph.get(centred)) is not None:
-                return relax.op.add(relax.op.multiply(centred, gamma), shift.args[0])
+            base, axis, epsilon = found
+            if _centred(graph, base, axis) == x and _mean(graph, pair[1 - pair.index(k)]) == (x, axis):
+                return relax.op.add(relax.op.multiply(_layer_norm(x, axis, epsilon), gamma), shift.args[0])
     return None
 
 

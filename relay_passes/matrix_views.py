@@ -15,10 +15,11 @@ from typing import Any
 
 from ..layout import Layout
 from ..schedules.matmul import Matrices, Product
-from ._utils import Graph, dtype_of, ints, is_const, op_name, scalar, shape_of
+from ._utils import Graph, dtype_of, is_const, op_name, scalar, shape_of, slice_bounds
 from .simplify_noise import permutation
 from .transpose_rules import groups_of_axes
 
+_RENAMES = frozenset(("reshape", "permute_dims", "take", "strided_slice", "multiply"))  # that a view may stand for
 Steps = tuple[int, int, int, int]  # how many images, channels, rows and elements of a row from one position to the next
 
 
@@ -135,7 +136,7 @@ def _operand(graph: Graph, var: Any, flat: set[Any]) -> tuple[View, float]:
         factor = scalar(call.args[1]) if op_name(call) == "multiply" else None
         if factor is not None and shape_of(call.args[0]) == shape_of(current):
             scale *= factor
-        elif op_name(call) in ("reshape", "permute_dims", "take", "strided_slice"):
+        elif op_name(call) in _RENAMES - {"multiply"}:
             chain.append(current)
         else:
             return View.of(var, False), 1.0
@@ -177,16 +178,14 @@ def _step(view: View, call: Any, shape: tuple[int, ...]) -> View | None:
         if not -extent <= index < extent:
             return None
         return view.sliced(axis, int(index) % extent, 1).without(axis)
-    try:
-        which, begin, end = (ints([getattr(v, "value", v) for v in t.fields]) for t in call.args[1:4])
-        step = ints([getattr(v, "value", v) for v in call.args[4].fields]) if len(call.args) > 4 else [1] * len(which)
-    except (AttributeError, TypeError, ValueError):
+    cuts = slice_bounds(call)
+    if cuts is None:
         return None
-    for a, b, e, s in zip(which, begin, end, step, strict=True):
-        low, high, by = slice(b, e, s).indices(view.axes[a % len(view.axes)][0])
+    for axis, begin, end, step in cuts:
+        low, high, by = slice(begin, end, step).indices(view.axes[axis][0])
         if by != 1 or high <= low:
             return None
-        view = view.sliced(a % len(view.axes), low, high - low)
+        view = view.sliced(axis, low, high - low)
     return view
 
 
@@ -229,9 +228,6 @@ def _split_images(view: View, rank: int, images: set[int]) -> View | None:
     if len(view.axes) > rank:
         return view
     return view.apart([d for d, _ in view.axes], next(iter(images)))
-
-
-_RENAMES = frozenset(("reshape", "permute_dims", "take", "strided_slice", "multiply"))  # that a view may stand for
 
 
 def is_factor(graph: Graph, var: Any) -> bool:

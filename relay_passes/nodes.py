@@ -14,11 +14,12 @@ from tvm import relax
 
 from ..schedules import resize
 from ..workload import ConvWorkload, DenseWorkload, LRNWorkload, NormWorkload, PoolWorkload
-from ._utils import Graph, dtype_of, ints, is_const, op_name, shape_of, value
+from ._utils import Graph, dtype_of, ints, is_const, op_name, shape_of, slice_bounds, value
 from .layers import Layer, _padding, read_layer
 from .matrix_views import is_rename, read_product
 
-_PLACED = frozenset(("conv2d", "pointwise", "pool", "resize", "lrn", "norm", "concat", "view"))
+# Kernels that write in any layout, also into a slice of a concatenation.
+WRITERS = frozenset(("conv2d", "pointwise", "pool", "resize", "lrn", "norm", "concat"))
 
 
 @dataclass(eq=False)
@@ -63,7 +64,7 @@ def classify(graph: Graph, few_rows: int) -> list[Node]:
 
 def _find_products(graph: Graph, nodes: list[Node]) -> None:
     """Products that read or write the values of kernels where they lie; what stands between is not computed."""
-    flat = {n.var for n in nodes if n.kind in _PLACED and is_activation(n.var)}
+    flat = {n.var for n in nodes if n.kind in WRITERS | {"view"} and is_activation(n.var)}
     read = {v for n in nodes for v in n.inputs}
     whole: set[Any] = set()  # ordinary tensors that products read
     for n in nodes:
@@ -78,14 +79,19 @@ def _find_products(graph: Graph, nodes: list[Node]) -> None:
             if product.result.flat:
                 flat.add(n.var)
     by_var = {n.var: n for n in nodes}
+    unread: set[Any] = set()  # what products see through; a split is skipped for its parts, which read its operand
     for n in reversed(nodes):
         users = [by_var[u] for u in graph.users.get(n.var, ())]
         if n.kind == "matmul" and len(users) == 1 and users[0].kind == "matmul" and users[0].workload.result.flat:
             inner = op_name(graph.defs[users[0].var]) == "reshape"
             if inner and graph.defs[users[0].var].args[0] == n.var:  # computed where the reshape lies
                 n.kind, n.workload, n.inputs = "skip", None, []
-        elif n.kind == "opaque" and users and all(u.kind in ("matmul", "skip") for u in users):
-            n.kind = "skip" if n.var not in whole and is_rename(graph, n.var) else n.kind
+                unread.add(n.var)
+        elif n.kind != "opaque" or n.var in whole or not is_rename(graph, n.var):
+            continue
+        elif users and all(u.kind == "matmul" or u.var in unread for u in users):
+            n.kind = "skip"
+            unread.add(n.var)
 
 
 def _classify(graph: Graph, var: Any, few_rows: int) -> Node:
@@ -219,19 +225,16 @@ def _strided_slice(var: Any, call: Any) -> Node | None:
     x = call.args[0]
     if not is_activation(x) or is_const(x) or not is_activation(var):
         return None
-    try:
-        axes, begin, end = ([int(getattr(v, "value", v)) for v in t.fields] for t in call.args[1:4])
-        step = [int(getattr(v, "value", v)) for v in call.args[4].fields] if len(call.args) > 4 else [1] * len(axes)
-    except (AttributeError, TypeError, ValueError):
+    cuts = slice_bounds(call)
+    if cuts is None:
         return None
     shape = shape_of(x)
-    for a, b, e, s in zip(axes, begin, end, step, strict=True):
-        if a % 4 != 1 and (slice(b, e, s).indices(shape[a % 4]) != (0, shape[a % 4], 1)):
-            return None
     kept = list(range(shape[1]))
-    for a, b, e, s in zip(axes, begin, end, step, strict=True):
-        if a % 4 == 1:
-            kept = kept[slice(b, e, s)]
+    for axis, begin, end, step in cuts:
+        if axis == 1:
+            kept = kept[slice(begin, end, step)]
+        elif slice(begin, end, step).indices(shape[axis]) != (0, shape[axis], 1):
+            return None
     return Node("view", var, [x], channels=tuple(kept)) if len(kept) == shape_of(var)[1] else None
 
 

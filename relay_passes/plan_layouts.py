@@ -20,7 +20,7 @@ from ..layout import Halo, Layout, Phases, Space, interleaved, natural, plane
 from ..schedules import conv2d as conv
 from ..schedules.interleaved_pooling import can_pool
 from .bands import BANDED
-from .nodes import Node, nchw
+from .nodes import WRITERS, Node, nchw
 
 Key = Any  # a relax.Var, or (relax.Var, Phases)
 
@@ -54,11 +54,6 @@ class _Union:
         a, b = self.find(a), self.find(b)
         if a is not b:
             self.parent[b] = a
-
-
-WRITERS = frozenset(
-    ("conv2d", "pointwise", "pool", "resize", "lrn", "norm", "concat")
-)  # kernels that can write into a slice
 
 
 INTERLEAVABLE = frozenset(("conv2d", "pointwise", "pool", "concat", "view", "mean", "fc", "skip", "opaque"))

@@ -23,7 +23,6 @@ from ._utils import (
     Rule,
     const,
     graph_pass,
-    ints,
     is_const,
     like,
     op_name,
@@ -38,6 +37,7 @@ from .transpose_rules import (
     inverse,
     move_pad,
     only_moves_ones,
+    shared_split,
     transposed,
     untransposed,
 )
@@ -87,10 +87,6 @@ def _plan(graph: Graph) -> dict[Any, list[int]]:
         if axes is not None and all(plan.get(a) == axes or untransposed(graph, a, axes) is not None for a in operands):
             plan[var] = axes
     return plan
-
-
-def _same_split(a: Any, b: Any, axis: int) -> bool:
-    return int(a.attrs.axis) == axis and str(a.attrs.indices_or_sections) == str(b.attrs.indices_or_sections)
 
 
 def _compose(graph: Graph, var: Any, call: Any) -> Any:
@@ -227,12 +223,7 @@ class _ToNCHW(Rewriter):
             return None
         x, axes = known
         axis = axes[int(split.attrs.axis) % len(axes)]
-        twins = (u for u in graph.users[x] if graph.op(u) == "split")
-        parts = next((u for u in twins if _same_split(graph.get(u), split, axis)), None)
-        if parts is None:
-            sections = split.attrs.indices_or_sections
-            parts = relax.op.split(x, ints(sections) if hasattr(sections, "__len__") else int(sections), axis)
-        return relax.op.permute_dims(relax.TupleGetItem(graph.emit(parts), item.index), axes)
+        return relax.op.permute_dims(relax.TupleGetItem(shared_split(graph, x, split, axis), item.index), axes)
 
     def _merge(self, graph: Graph, var: Any, call: Any) -> Any:
         """Two transposes with a reshape between them that merges axes become one, where the second stays."""

@@ -116,6 +116,18 @@ def untransposed(graph: Graph, expr: Any, axes: list[int]) -> Any:
     return None
 
 
+def shared_split(graph: Graph, x: Any, split: Any, axis: int) -> Any:
+    """``x`` split along ``axis`` as ``split`` cuts its operand; parts that ask for it one by one share one."""
+    sections = split.attrs.indices_or_sections
+    for user in graph.users[x]:
+        twin = graph.get(user)
+        if op_name(twin) != "split" or int(twin.attrs.axis) % len(shape_of(x)) != axis:
+            continue
+        if str(twin.attrs.indices_or_sections) == str(sections):
+            return user
+    return graph.emit(relax.op.split(x, ints(sections) if hasattr(sections, "__len__") else int(sections), axis))
+
+
 def _down_unary(graph: Graph, var: Any, call: Any) -> Any:
     x, axes = transposed(graph, call.args[0])  # type: ignore[misc]
     return relax.op.permute_dims(like(call, [x, *list(call.args)[1:]]), axes)

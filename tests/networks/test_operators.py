@@ -91,6 +91,16 @@ def split_slice_concat(n: Net) -> tuple[str, ...]:
 
 
 @case
+def split_of_a_reshape(n: Net) -> tuple[str, ...]:
+    """Its parts are read where the reshape put them, so that it is computed."""
+    y = n.op(
+        "Reshape", n.op("Reshape", "x", n.const(np.array([0, 4, -1], np.int64))), n.const(np.array([0, 4, 12, -1]))
+    )
+    a, b = n.op("Split", y, n.const(np.array([2, 2], np.int64)), outputs=2, axis=1)
+    return (n.op("Add", n.conv(a, 2, 8), n.conv(b, 2, 8)),)
+
+
+@case
 def channel_shuffle(n: Net) -> tuple[str, ...]:
     y = n.op("Relu", n.conv("x", 4, 12, 1, pads=[0] * 4, groups=2))
     h = n.op("Shape", y)
