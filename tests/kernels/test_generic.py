@@ -77,7 +77,7 @@ def wide(target: CpuTarget) -> str:
 UNARY = {
     "exp": (vm.exp, np.exp, 1.5),
     "log": (vm.log, np.log, 1.5),
-    "tanh": (vm.tanh, np.tanh, 2.0),
+    "tanh": (vm.tanh, np.tanh, 2.1),
     "sigmoid": (vm.sigmoid, lambda x: np.exp(-np.logaddexp(0, -x)), 3.5),
     "erf": (vm.erf, special.erf, 3.0),
     "sqrt": (vm.sqrt, np.sqrt, 0.51),
