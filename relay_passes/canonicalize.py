@@ -34,6 +34,7 @@ from ._utils import (
     with_span,
 )
 
+NATIVE = "skim.native"  # attribute of the module: names of the convolutions that stand for native Winograd layers
 _LOWEST = float(np.finfo("float32").min)
 _NONNEGATIVE = ("nn.relu", "nn.relu6", "sigmoid", "exp", "abs", "square", "sqrt", "nn.softmax", "nn.softplus")
 _KEEPS_SIGN = (
@@ -157,6 +158,34 @@ def _pad_conv(graph: Graph, var: Any, call: Any) -> Any:
     return with_span(conv, call.span)
 
 
+def _unread_taps(graph: Graph, var: Any, call: Any) -> Any:
+    """Taps at the edges of a window that meet nothing but padding, wherever it lies, are cut off: 3x3 on an image of one
+    pixel, dilation about the size of the image. The windows of native Winograd layers stay (``NATIVE``)."""
+    a, (x, weight) = call.attrs, call.args
+    if (str(a.data_layout), str(a.kernel_layout)) != ("NCHW", "OIHW") or not is_const(weight):
+        return None
+    native = graph.mod.attrs.get(NATIVE, ()) if graph.mod.attrs else ()
+    if call.span is not None and call.span.source_name.name in [str(name) for name in native]:
+        return None
+    pads, strides, dilation, kept = _four(a.padding), _two(a.strides), _two(a.dilation), []
+    for axis, (size, taps, out) in enumerate(
+        zip(shape_of(x)[2:], shape_of(weight)[2:], shape_of(var)[2:], strict=True)
+    ):
+        first = [i * dilation[axis] - pads[axis] for i in range(taps)]  # what a tap of the first window reads
+        met = [i for i, at in enumerate(first) if any(0 <= at + o * strides[axis] < size for o in range(out))] or [0]
+        low, high = met[0] * dilation[axis], (taps - 1 - met[-1]) * dilation[axis]
+        if low > pads[axis] or high > pads[axis + 2]:
+            met, low, high = list(range(taps)), 0, 0  # part of the image would have to go, too
+        pads[axis], pads[axis + 2] = pads[axis] - low, pads[axis + 2] - high
+        dilation[axis] = dilation[axis] if len(met) > 1 else 1
+        kept.append(slice(met[0], met[-1] + 1))
+    small = value(weight)[:, :, kept[0], kept[1]]
+    if small.shape == shape_of(weight):
+        return None
+    conv = relax.op.nn.conv2d(x, const(small), strides, pads, dilation, int(a.groups))
+    return with_span(conv, call.span)
+
+
 def is_nonnegative(graph: Graph, expr: Any, depth: int = 8) -> bool:
     """No element of the tensor can be below zero (as far as a short look at its producers tells)."""
     call = graph.get(expr)
@@ -271,7 +300,7 @@ class _Canonicalize(Rewriter):
         return {
             **table,
             **reductions,
-            "nn.conv2d": [_pad_conv],
+            "nn.conv2d": [_pad_conv, _unread_taps],
             "nn.max_pool2d": [_pad_pool],
             "nn.avg_pool2d": [_pad_pool, _window_is_input],
             "nn.adaptive_avg_pool2d": [_adaptive_pool],

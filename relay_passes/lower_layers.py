@@ -321,6 +321,10 @@ class _Lowering(FlatValues):
         tables = n.workload.constants()
         self._simple(n, "resize2d", lambda s, d: moves.emit_resize(n.workload, s, d, self.target), tables)
 
+    def _lower_depth_to_space(self, n: Node) -> None:
+        make = lambda s, d: moves.emit_depth_to_space(n.workload, s, d, self.target)
+        self._simple(n, "depth_to_space", make)
+
     def _lower_lrn(self, n: Node) -> None:
         self._simple(n, "lrn", lambda s, d: moves.emit_lrn(n.workload, s, d, self.target))
 

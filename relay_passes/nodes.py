@@ -15,18 +15,19 @@ from tvm import relax
 from ..schedules import resize
 from ..workload import ConvWorkload, DenseWorkload, LRNWorkload, NormWorkload, PoolWorkload
 from ._utils import Graph, dtype_of, ints, is_const, op_name, shape_of, slice_bounds, value
+from .depth_to_space import read_depth_to_space
 from .layers import Layer, _padding, read_layer
 from .matrix_views import is_rename, read_product
 
 # Kernels that write in any layout, also into a slice of a concatenation.
-WRITERS = frozenset(("conv2d", "pointwise", "pool", "resize", "lrn", "norm", "concat"))
+WRITERS = frozenset(("conv2d", "pointwise", "pool", "resize", "depth_to_space", "lrn", "norm", "concat"))
 
 
 @dataclass(eq=False)
 class Node:
-    """``kind``: conv2d, pointwise, pool, resize, lrn, norm, mean, concat, view (channels of another value), matmul (of
-    activations), fc (dense rows), skip (handled by its readers) or opaque. ``inputs``: values read in flat form, in the
-    order of the kernel."""
+    """``kind``: conv2d, pointwise, pool, resize, depth_to_space, lrn, norm, mean, concat, view (channels of another
+    value), matmul (of activations), fc (dense rows), skip (handled by its readers) or opaque. ``inputs``: values read in
+    flat form, in the order of the kernel."""
 
     kind: str
     var: Any
@@ -63,10 +64,11 @@ def classify(graph: Graph, few_rows: int) -> list[Node]:
 
 
 def _find_products(graph: Graph, nodes: list[Node]) -> None:
-    """Products that read or write the values of kernels where they lie; what stands between is not computed."""
+    """Products that read or write the values of kernels where they lie; what stands between is not computed, neither
+    is what stands for a DepthToSpace."""
     flat = {n.var for n in nodes if n.kind in WRITERS | {"view"} and is_activation(n.var)}
     read = {v for n in nodes for v in n.inputs}
-    whole: set[Any] = set()  # ordinary tensors that products read
+    whole = {v for n in nodes if n.kind == "depth_to_space" for v in n.inputs}  # tensors that are read as they are
     for n in nodes:
         op = op_name(graph.defs[n.var]) if n.kind == "opaque" else ""
         if op == "matmul" or (op == "reshape" and n.var in read):
@@ -79,7 +81,7 @@ def _find_products(graph: Graph, nodes: list[Node]) -> None:
             if product.result.flat:
                 flat.add(n.var)
     by_var = {n.var: n for n in nodes}
-    unread: set[Any] = set()  # what products see through; a split is skipped for its parts, which read its operand
+    unread: set[Any] = set()  # what its readers see through; a split is skipped for its parts, which read its operand
     for n in reversed(nodes):
         users = [by_var[u] for u in graph.users.get(n.var, ())]
         if n.kind == "matmul" and len(users) == 1 and users[0].kind == "matmul" and users[0].workload.result.flat:
@@ -89,7 +91,7 @@ def _find_products(graph: Graph, nodes: list[Node]) -> None:
                 unread.add(n.var)
         elif n.kind != "opaque" or n.var in whole or not is_rename(graph, n.var):
             continue
-        elif users and all(u.kind == "matmul" or u.var in unread for u in users):
+        elif users and all(u.kind in ("matmul", "depth_to_space") or u.var in unread for u in users):
             n.kind = "skip"
             unread.add(n.var)
 
@@ -104,6 +106,9 @@ def _classify(graph: Graph, var: Any, few_rows: int) -> Node:
         return _layer(graph, var, call, few_rows)
     if not isinstance(var.ty, relax.TensorType) or not call.args or not hasattr(call.args[0], "ty"):
         return Node("opaque", var)
+    if op_name(call) == "reshape" and is_activation(var):
+        found = read_depth_to_space(graph, var)
+        return Node("depth_to_space", var, [found[0]], workload=found[1]) if found else Node("opaque", var)
     handler = _HANDLERS.get(op_name(call))
     return (handler(var, call) if handler else None) or Node("opaque", var)
 

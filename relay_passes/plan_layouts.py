@@ -143,7 +143,7 @@ class Plan:
         self._add(n.var, nchw(n.var))
         self._add(n.inputs[0], nchw(n.inputs[0]))
 
-    _visit_resize = _visit_pool
+    _visit_resize = _visit_depth_to_space = _visit_pool
 
     def _visit_mean(self, n: Node) -> None:
         self._add(n.inputs[0], nchw(n.inputs[0]))

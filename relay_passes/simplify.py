@@ -20,6 +20,7 @@ from .outline_lrn import OutlineLRN
 from .simplify_noise import SimplifyNoise
 from .to_nchw import ToNCHW
 from .token_layout import TokenLayout
+from .transposed_conv import TransposedConv
 
 # The order inside a round: lifted calls and folded constants are what the others match; LRN and ChannelShuffle are
 # known by shapes that the noise rules would respell; batch_norm folds before its neighbours move.
@@ -39,8 +40,8 @@ STAGES: tuple[Any, ...] = (
 
 
 # Whether tokens run with channels outermost is decided when the rest has settled, and before dense layers lose their
-# batch axes.
-PHASES = (tuple(s for s in STAGES if s is not DenseForms), (TokenLayout,), STAGES)
+# batch axes. Transposed convolutions become others when normalisations have folded into their weights.
+PHASES = (tuple(s for s in STAGES if s is not DenseForms), (TransposedConv, TokenLayout), STAGES)
 
 
 class _Simplify(Rewriter):

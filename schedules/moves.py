@@ -7,7 +7,7 @@ from typing import Any
 from ..layout import Phases
 from ..target import CpuTarget
 from ..workload import LRNWorkload, NormWorkload, PoolWorkload
-from . import channel_norm, convert, interleaved, interleaved_pooling, lrn, pooling, reduce, resize
+from . import channel_norm, convert, depth_to_space, interleaved, interleaved_pooling, lrn, pooling, reduce, resize
 from .pointwise import Slot
 
 
@@ -42,6 +42,10 @@ def emit_pool(workload: PoolWorkload, src: Slot, dst: Slot, target: CpuTarget) -
 
 def emit_resize(workload: resize.ResizeWorkload, src: Slot, dst: Slot, target: CpuTarget) -> Any:
     return resize.emit_resize(workload, src.layout, dst.layout, target=target, **_where(src, dst))
+
+
+def emit_depth_to_space(workload: depth_to_space.DepthToSpaceWorkload, src: Slot, dst: Slot, target: CpuTarget) -> Any:
+    return depth_to_space.emit_depth_to_space(workload, src.layout, dst.layout, target=target, **_where(src, dst))
 
 
 def emit_lrn(workload: LRNWorkload, src: Slot, dst: Slot, target: CpuTarget) -> Any:

@@ -46,6 +46,9 @@ def misread(node: Any, constants: dict[str, bool]) -> str:
     ``constants``: truth of the scalar initializers.
     """
     attrs = {a.name: a for a in node.attribute}
+    for name in ("kernel_shape", "strides", "dilations"):
+        if name in attrs and any(v < 1 for v in attrs[name].ints):
+            return f"{name}={list(attrs[name].ints)}"
     if node.op_type == "BatchNormalization" and "training_mode" in attrs and attrs["training_mode"].i:
         return "training_mode=1"
     if node.op_type == "Dropout" and len(node.input) > 2 and node.input[2] and constants.get(node.input[2], True):

@@ -21,6 +21,7 @@ from .errors import InternalError, InvalidOption, OutputExists
 from .formats.stats import analyse
 from .relay_passes import simplify_passes
 from .relay_passes._utils import Graph, shape_of
+from .relay_passes.canonicalize import NATIVE
 from .relay_passes.fuse_layers import FuseLayers
 from .relay_passes.join_batch import join
 from .relay_passes.layers import Layer, read_layer
@@ -149,11 +150,12 @@ def run(
     dump("import", mod)
     # 1. one canonical form of each layer: constants folded, normalisation folded into weights, NCHW, no exporter noise
     step("simplify", 0.05)
+    native = winograd or {}
     simplify = tvm.transform.Sequential(simplify_passes())
-    mod = simplify(mod)
+    mod = simplify(mod.with_attr(NATIVE, list(native)))
     dump("simplify", mod)
     if single is not None:
-        single = simplify(single)
+        single = simplify(single.with_attr(NATIVE, list(native)))
         batch = shape_of(mod["main"].params[0])[0]
         if why := mixing(single, mod, batch):
             if keep_apart:
@@ -161,7 +163,6 @@ def run(
             single = None
     # 2. layers: a convolution, dense layer or element-wise chain with its epilogue becomes one function
     step("fuse", 0.15)
-    native = winograd or {}
     whole = _fuse(mod, native, gates=True)
     dump("fuse_layers", whole)
     # 3. sparse or dense, layer by layer

@@ -165,6 +165,8 @@ def test_all_unsupported_operators_are_listed_at_once():
         (h.make_node("Concat", ["", "x"], ["y"], axis=1), {}, "Concat with input 0 left out"),
         (h.make_node("RoiAlign", ["x", "r", "b"], ["y"], mode="max"),
          {"r": f32(1, 4), "b": np.zeros(1, np.int64)}, "mode=max"),
+        (h.make_node("MaxPool", ["x"], ["y"], kernel_shape=[3, 0]), {}, "MaxPool with kernel_shape=[3, 0]"),
+        (h.make_node("AveragePool", ["x"], ["y"], kernel_shape=[2, 2], strides=[0, 1]), {}, "strides=[0, 1]"),
     ],
 )  # fmt: skip
 def test_what_tvm_would_misread_is_refused(node, init, part):

@@ -180,3 +180,23 @@ def test_lrn_is_outlined(net, size, beta):
     assert (func.attrs["skim.op"], int(func.attrs["size"]), int(func.attrs["Primitive"])) == ("lrn", size, 1)
     found = [float(func.attrs[k]) for k in ("alpha", "beta", "bias")]
     assert found == pytest.approx([2e-2, beta, 1.5], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel", "dilation", "pads", "want"),
+    [
+        ((4, 4), (3, 3), 24, [24] * 4, (1, 1)),  # a pyramid on a small image
+        ((5, 40), (3, 3), 6, [6] * 4, (1, 3)),
+        ((5, 5), (3, 3), 4, [4] * 4, (3, 3)),  # corners are met
+        ((3, 3), (5, 2), 1, [4, 1, 0, 0], (3, 2)),  # rows above the image, for each output
+        ((2, 2), (3, 3), 1, [0, 0, 2, 2], (2, 2)),
+        ((1, 8), (3, 3), 1, [1] * 4, (1, 3)),
+    ],
+)  # fmt: skip
+def test_taps_that_meet_only_padding(net, rand, size, kernel, dilation, pads, want):
+    node = net.node("Conv", "x w b", "y", pads=pads, dilations=[dilation] * 2, group=2)
+    proto = net.model([node], [2, 4, *size], {"w": rand(6, 2, *kernel), "b": rand(6)})
+    mod, counts, _ = net.check(proto)
+    call = net.calls(mod, "nn.conv2d")[0]
+    assert counts == {"nn.conv2d": 1, "add": 1} and shapes(call)[2:] == want
+    assert call.span.source_name.name == "y"
