@@ -231,12 +231,20 @@ class Module:
 def as_tensor(array: np.ndarray) -> Any:
     """``array`` (C-contiguous) as a TVM tensor: the same memory if it is aligned and writable, otherwise a copy."""
     tvm = import_tvm()
-    if array.flags.writeable and array.ctypes.data % ALIGNMENT == 0 and array.size:
+    if not array.size:
+        return tvm.runtime.empty(array.shape, str(array.dtype))
+    if array.flags.writeable and _address(array) % ALIGNMENT == 0:
         # Through one dimension, so that axes of length 1 get the strides that kernels check for.
         return tvm.runtime.from_dlpack(array.reshape(-1).reshape(array.shape))
-    tensor = tvm.runtime.empty(array.shape, str(array.dtype))
-    np.from_dlpack(tensor)[...] = array
-    return tensor
+    memory = np.empty(array.nbytes + ALIGNMENT, np.uint8)
+    start = -_address(memory) % ALIGNMENT
+    copy = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return tvm.runtime.from_dlpack(copy)
+
+
+def _address(array: np.ndarray) -> int:
+    return int(array.__array_interface__["data"][0])
 
 
 def check_array(spec: TensorSpec, value: Any) -> np.ndarray:
