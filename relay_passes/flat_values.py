@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -39,7 +40,7 @@ class FlatValues:
         self.ready: set[Key] = set()  # values that their root's buffer holds
         self.tensors: dict[Any, Any] = {}  # value -> ordinary tensor
         self.kernels: dict[Any, Any] = {}
-        self.consts: dict[bytes, Any] = {}
+        self.consts: dict[Any, Any] = {}
         self.name_of: dict[Any, str] = {}
         counts: dict[str, int] = {}
         for n in nodes:  # layers carry the model's names; pooling and the like are numbered
@@ -166,10 +167,8 @@ class FlatValues:
         return self._call(("allocate", size), "allocate", lambda: allocation(size), [], size, record)
 
     def _const(self, array: np.ndarray[Any, Any]) -> Any:
-        """A constant; small ones (tables, masks) are shared."""
-        if array.nbytes > 1 << 16:
-            return relax.const(array, str(array.dtype))
-        key = f"{array.dtype}{array.shape}".encode() + array.tobytes()
+        """A constant; equal ones (tables, the weights of all steps of a recurrent layer) are shared."""
+        key = (str(array.dtype), array.shape, hashlib.sha256(np.ascontiguousarray(array).data).digest())
         if key not in self.consts:
             self.consts[key] = relax.const(array, str(array.dtype))
         return self.consts[key]

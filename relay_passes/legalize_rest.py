@@ -107,6 +107,7 @@ class LimitMathChains:
         return out
 
 
+MANY_PARTS = 9  # of a concatenation that is a kernel of its own
 MOST_MATH = 2  # weight of the elementary functions (see math_weight) that may stand in a row within one kernel
 OPAQUE = 8  # relax's OpPatternKind::kOpaque
 
@@ -115,6 +116,7 @@ def custom_legalizations(target: CpuTarget) -> dict[str, Legalizer]:
     """Relax operator -> lowering to a hand-written kernel; workloads outside of its domain take TVM's lowering."""
     table: dict[str, Callable[..., Any]] = {
         "relax.matmul": _matmul,
+        "relax.concat": _concat,
         "relax.nn.softmax": _softmax,
         "relax.nn.log_softmax": _softmax,
         "relax.nn.layer_norm": _layer_norm,
@@ -149,7 +151,7 @@ def _default_legalizations() -> dict[str, Legalizer]:
             return None
         return op.get_attr("FLegalize")
 
-    names = ["matmul", *rows.REDUCTIONS, "nn.softmax", "nn.log_softmax", "nn.layer_norm", "nn.rms_norm"]
+    names = ["matmul", "concat", *rows.REDUCTIONS, "nn.softmax", "nn.log_softmax", "nn.layer_norm", "nn.rms_norm"]
     names += ["nn.group_norm", "nn.instance_norm", "nn.adaptive_avg_pool2d"]
     found = {f"relax.{name}": default(f"relax.{name}") for name in names}
     return {name: rule for name, rule in found.items() if rule is not None}
@@ -207,6 +209,16 @@ def _matmul(bb: relax.BlockBuilder, call: Any, target: CpuTarget) -> Any:
     if work is None:
         return None
     return _call(bb, matmul(a_shape, b_shape, c_shape, work, target), "matmul", [a, b], call.ty)
+
+
+def _concat(bb: relax.BlockBuilder, call: Any, target: CpuTarget) -> Any:
+    """Of many parts: the states of all steps of a recurrent layer. Few ones fuse with what surrounds them."""
+    parts = list(call.args[0].fields) if isinstance(call.args[0], relax.Tuple) else []
+    shapes, shape = [_shape(p) for p in parts], _shape(call)
+    if len(parts) < MANY_PARTS or shape is None or None in shapes:
+        return None
+    func = rows.concat([s for s in shapes if s], shape, int(call.attrs.axis or 0) % len(shape), target)
+    return _call(bb, func, "concat", parts, call.ty)
 
 
 def _softmax(bb: relax.BlockBuilder, call: Any, target: CpuTarget) -> Any:

@@ -1,5 +1,6 @@
 """Rewrite ONNX operators that TVM's importer lacks or misreads into plainer ones: functions that ONNX itself defines are
-replaced by their bodies, transposed convolutions get their padding written out. Nothing here needs TVM."""
+replaced by their bodies, recurrent layers by their steps, transposed convolutions get their padding written out.
+Nothing here needs TVM."""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ from .errors import UnsupportedModel
 from .onnx_fold import drop_dead
 from .onnx_infer import TypeShape, infer
 from .onnx_read import MIN_OPSET, one_line, opset_of, skeleton
+from .onnx_recurrent import unroll
 from .onnx_resize import plain_resizes
 
 _DOMAIN = "skimtvm.expanded"
@@ -42,7 +44,7 @@ def _wanted(node: Any) -> bool:
 
 def expand(model: Any) -> bool:
     """Expand such nodes of the main graph in place; True if there were any. Input shapes must be final."""
-    changed = _pad_transposed(model)
+    changed = _pad_transposed(model) | unroll(model)
     for _ in range(_ROUNDS):
         if not any(_wanted(n) for n in model.graph.node) or not _round(model):
             break

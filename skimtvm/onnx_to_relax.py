@@ -19,6 +19,7 @@ from tvm.relax.frontend.onnx import onnx_frontend
 from .errors import SkimError, UnsupportedModel
 from .onnx_converters import CONVERTERS
 from .onnx_read import graphs, one_line
+from .onnx_recurrent import GATES, MOST_STEPS
 from .onnx_types import quantised
 
 _CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "conv1d_transpose", "conv2d_transpose", "conv3d_transpose")
@@ -99,6 +100,11 @@ def check_operators(model: Any, opset: int) -> None:
             bad.append(f"{op} (node '{node.name}', opset {version})")
             if quantised(node.op_type):
                 hints.append("export the float32 model instead of the quantised one")
+            elif node.op_type in GATES:
+                hints.append(
+                    f"recurrent layers need sequences of full length, activations without parameters and at most "
+                    f"{MOST_STEPS} steps in the network"
+                )
             elif node.op_type in ("If", "Loop", "Scan"):
                 hints.append("control flow works only where its condition is constant")
     if bad:

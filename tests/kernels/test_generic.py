@@ -134,6 +134,20 @@ SHAPES = [((2, 1000), [1]), ((3, 49), [-1]), ((1, 17), [1]), ((5, 7), [1]), ((2,
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda t: t.isa)
+@pytest.mark.parametrize(
+    ("parts", "axis"), [([(2, 7)] * 12, 0), ([(3, n, 5) for n in (1, 9, 2, 40)], 1), ([(40, 17)] * 9, 1)], ids=str
+)
+def test_concat(parts: list[tuple[int, ...]], axis: int, target: CpuTarget) -> None:
+    """In rows and within them, with partial vectors, and large enough for threads."""
+    xs = [np.random.default_rng(i).standard_normal(part).astype("float32") for i, part in enumerate(parts)]
+    want = np.concatenate(xs, axis)
+    got, _ = run(
+        rows.concat(parts, want.shape, axis, target).with_attr("global_symbol", "main"), target, want.shape, *xs
+    )
+    np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda t: t.isa)
 @pytest.mark.parametrize("kind", rows.REDUCTIONS)
 def test_reduce_rows(kind: str, target: CpuTarget) -> None:
     rng = np.random.default_rng(2)
