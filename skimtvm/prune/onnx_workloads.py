@@ -18,8 +18,8 @@ def workloads(source: Any, batch: int = 1) -> dict[str, ConvWorkload | DenseWork
     dims, out = dims_of(graph.model), {}
     nodes = {n.name or next((o for o in n.output if o), "?"): n for n in graph.graph.node}
     for layer in layers(graph):
-        node = nodes[layer.name]
-        work = _workload(layer, node, dims.get(node.input[0], ()), batch)
+        node = nodes.get(layer.name)  # recurrent layers have two weights, and other names
+        work = _workload(layer, node, dims.get(node.input[0], ()), batch) if node is not None else None
         if work is not None:
             out[layer.name] = work
     return out

@@ -16,6 +16,7 @@ from ..winograd import DOMAIN, function_names, of_tile
 
 Array = npt.NDArray[Any]
 _VIEWS = ("Reshape", "Unsqueeze", "Squeeze", "Identity", "Flatten")  # the same numbers in the same order
+RECURRENT = ("LSTM", "GRU", "RNN")
 _FLOATS = (TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16)
 
 
@@ -139,10 +140,29 @@ def layers(graph: Graph) -> list[WeightedLayer]:
     """Every layer of the main graph with a constant weight, in graph order."""
     found = []
     for node in graph.graph.node:
-        layer = _layer(graph, node)
-        if layer is not None:
+        if node.op_type in RECURRENT and node.domain in ("", "ai.onnx"):
+            found += [layer for place in (1, 2) if (layer := _recurrent(graph, node, place)) is not None]
+        elif (layer := _layer(graph, node)) is not None:
             found.append(layer)
     return found
+
+
+def _recurrent(graph: Graph, node: Any, place: int) -> WeightedLayer | None:
+    """The weights of the inputs (``/W``) or of the state (``/R``), [directions, gates * hidden, ...] as rows."""
+    name = node.name or next((o for o in node.output if o), "?")
+    tensor = _source(graph, node.input[place])
+    if tensor is None or len(graph.constants[tensor].dims) != 3:
+        return None
+    directions, rows, columns = graph.constants[tensor].dims
+    return WeightedLayer(
+        f"{name}/{'WR'[place - 1]}", node.op_type, tensor, (directions * rows, columns), problem=_problem(graph, tensor)
+    )
+
+
+def _problem(graph: Graph, tensor: str) -> str:
+    """Why a constant cannot be pruned, "" if nothing is wrong."""
+    elem = graph.constants[tensor].data_type
+    return _other_use(graph, tensor) if elem in _FLOATS else f"weights are {TensorProto.DataType.Name(elem)}"
 
 
 def _layer(graph: Graph, node: Any) -> WeightedLayer | None:
@@ -173,10 +193,7 @@ def _layer(graph: Graph, node: Any) -> WeightedLayer | None:
             transposed = not a.get("transB", 0) if place == 1 else bool(a.get("transA", 0))
         elif op == "MatMul":
             transposed = place == 1
-        if proto.data_type not in _FLOATS:
-            problem = f"weights are {TensorProto.DataType.Name(proto.data_type)}"
-        else:
-            problem = _other_use(graph, tensor)
+        problem = _problem(graph, tensor)
         r = functions[node.op_type][1] if op == "Winograd" else 0
         return WeightedLayer(name, op, tensor, shape, int(a.get("group", 1)), transposed, r, problem)
     return None
@@ -191,7 +208,7 @@ def _other_use(graph: Graph, name: str) -> str:
             for output in node.output:
                 if problem := _other_use(graph, output):
                     return problem
-        elif node.op_type not in ("Conv", "ConvTranspose", "Gemm", "MatMul") and node.domain != DOMAIN:
+        elif node.op_type not in {"Conv", "ConvTranspose", "Gemm", "MatMul", *RECURRENT} and node.domain != DOMAIN:
             return f"weight is also used by {node.op_type}"
     return ""
 

@@ -125,6 +125,24 @@ def test_shared_and_foreign_weights():
     assert report.nnz[0] == report.nnz[1] and "ReduceSum" in report.layers[0].note
 
 
+@pytest.mark.parametrize("pattern", ["element", "block4"])
+def test_recurrent_layers_have_two_weights(pattern):
+    """Of both directions at once, blocks over the gates' outputs; biases stay."""
+    init = {"w": (2, 32, 6), "r": (2, 32, 8), "b": (2, 64)}
+    init = {name: RNG.standard_normal(shape) for name, shape in init.items()}
+    node = ("LSTM", ["x", "w", "r", "b"], ["y"], {"name": "cell", "hidden_size": 8, "direction": "bidirectional"})
+    model = make([node], init, shape=(4, 1, 6))
+    after, report = oneshot.prune_model(model, sparsity=0.5, pattern=pattern, remove_dead=False)
+    assert [(r.name, r.op) for r in report.layers] == [("cell/W", "LSTM"), ("cell/R", "LSTM")]
+    for name, w in weights.read(after).items():
+        rows = w.reshape(64, -1)
+        assert (rows == 0).mean() == pytest.approx(0.5, abs=0.01), name
+        blocks = (rows.reshape(16, 4, -1) == 0).sum(axis=1)
+        assert (set(np.unique(blocks)) == {0, 4}) == (pattern == "block4")
+    assert np.array_equal(numpy_helper.to_array(after.graph.initializer[2]), numpy_helper.to_array(model.graph.initializer[2]))
+    assert workloads(model) == {}, "left out: a guide has no cost for them"
+
+
 def test_winograd_function_is_a_layer():
     spec = NETWORKS["small"]
     arrays = {}
