@@ -10,6 +10,7 @@ from tvm import relax
 from ._utils import Graph, Rewriter, graph_pass
 from .canonicalize import Canonicalize
 from .channel_shuffle import ChannelShuffle
+from .conv3d import Conv3d
 from .dense_forms import DenseForms
 from .find_norms import FindNorms
 from .fold_batch_norm import FoldBatchNorm
@@ -40,8 +41,8 @@ STAGES: tuple[Any, ...] = (
 
 
 # Whether tokens run with channels outermost is decided when the rest has settled, and before dense layers lose their
-# batch axes. Transposed convolutions become others when normalisations have folded into their weights.
-PHASES = (tuple(s for s in STAGES if s is not DenseForms), (TransposedConv, TokenLayout), STAGES)
+# batch axes. Transposed and 3-D convolutions become others when normalisations have folded into their weights.
+PHASES = (tuple(s for s in STAGES if s is not DenseForms), (TransposedConv, Conv3d, TokenLayout), STAGES)
 
 
 class _Simplify(Rewriter):

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from tvm import relax
 
-from ._anchors import channel_const, per_channel
+from ._steps import chain, stepped
 from ._utils import (
     BINARY,
     UNARY,
@@ -28,9 +28,7 @@ from ._utils import (
     graph_pass,
     ints,
     is_const,
-    like,
     op_name,
-    scalar,
     shape_of,
     value,
     with_span,
@@ -107,21 +105,6 @@ def _cropped(x: Any, rows: Phase, columns: Phase) -> tuple[Any, list[int]] | Non
     return x, [max(0, p) for p in pads]
 
 
-def _above(graph: Graph, var: Any) -> Any:
-    """The operand of an element-wise step with at most one number a channel, else None."""
-    call = graph.get(var)
-    name = op_name(call)
-    if name not in UNARY | BINARY or dtype_of(var) != "float32" or len(shape_of(var)) not in (3, 4):
-        return None
-    if name in UNARY:
-        return call.args[0] if shape_of(call.args[0]) == shape_of(var) else None
-    tensors = [a for a in call.args if not is_const(a)]
-    if len(tensors) != 1 or shape_of(tensors[0]) != shape_of(var):
-        return None
-    numbers = next(a for a in call.args if is_const(a))
-    return tensors[0] if per_channel(np.asarray(value(numbers)), shape_of(var), 1) is not None else None
-
-
 def _is_transposed(graph: Graph, var: Any) -> bool:
     call = graph.get(var)
     layouts = LAYOUTS.get(op_name(call))
@@ -131,42 +114,8 @@ def _is_transposed(graph: Graph, var: Any) -> bool:
     return (str(a.data_layout), str(a.kernel_layout)) == layouts and str(a.out_layout) in ("", layouts[0])
 
 
-def _chain(graph: Graph, var: Any) -> tuple[Any, list[Any]] | None:
-    """(transposed convolution, element-wise steps behind it) when ``var`` is the last of them."""
-    steps: list[Any] = []
-    while not _is_transposed(graph, var):
-        above = _above(graph, var)
-        if above is None or not graph.single_use(above) or above not in graph.defs:
-            return None
-        steps.append(var)
-        var = above
-    return var, steps[::-1]
-
-
-def _stepped(graph: Graph, y: Any, steps: list[Any], copies: int) -> Any:
-    """The element-wise ``steps`` on the channels of ``copies`` phases at once."""
-    for step in steps:
-        call = graph.get(step)
-        args = [a if not is_const(a) else _repeated(a, shape_of(step), copies) for a in call.args]
-        at = next(i for i, a in enumerate(call.args) if isinstance(a, relax.Var))
-        args[at] = y
-        y = like(call, args)
-    return y
-
-
-def _repeated(numbers: Any, shape: tuple[int, ...], copies: int) -> Any:
-    if scalar(numbers) is not None:
-        return const(np.float32(scalar(numbers)))
-    row = per_channel(np.asarray(value(numbers)), shape, 1)
-    assert row is not None
-    return channel_const(np.tile(row, copies), 4, 1, "float32")
-
-
 def _rewrite(graph: Graph, var: Any, call: Any) -> Any:
-    users = list(graph.users.get(var, ()))
-    if len(users) == 1 and not graph.is_result(var) and _above(graph, users[0]) is not None:
-        return None  # the last step takes all of them along
-    found = _chain(graph, var)
+    found = chain(graph, var, _is_transposed)
     if found is None:
         return None
     conv, steps = found
@@ -210,7 +159,7 @@ def _rewrite(graph: Graph, var: Any, call: Any) -> Any:
             dilation=[batch[0][0].dilation, batch[0][1].dilation],
             groups=groups,
         )
-        results.append(_stepped(graph, with_span(y, call.span), steps, len(batch)))
+        results.append(stepped(graph, with_span(y, call.span), steps, len(batch)))
     return _joined(results, (len(rows), len(columns)), k, out, shape_of(var))
 
 

@@ -139,7 +139,9 @@ def test_recurrent_layers_have_two_weights(pattern):
         assert (rows == 0).mean() == pytest.approx(0.5, abs=0.01), name
         blocks = (rows.reshape(16, 4, -1) == 0).sum(axis=1)
         assert (set(np.unique(blocks)) == {0, 4}) == (pattern == "block4")
-    assert np.array_equal(numpy_helper.to_array(after.graph.initializer[2]), numpy_helper.to_array(model.graph.initializer[2]))
+    assert np.array_equal(
+        numpy_helper.to_array(after.graph.initializer[2]), numpy_helper.to_array(model.graph.initializer[2])
+    )
     assert workloads(model) == {}, "left out: a guide has no cost for them"
 
 
