@@ -75,17 +75,17 @@ def _rewrite(graph: Graph, var: Any, call: Any) -> Any:
     for o in range(out):
         first = o * stride - front
         low, high = max(0, -first), min(weight.shape[2], depth - first)
-        if low >= high:  # nothing but padding: zero taps on a frame
-            low, high, first = 0, 1, 0
-            filters.setdefault((-1, o), const(np.zeros_like(weight[:, :, 0])))
-            taps = filters[-1, o]
-        else:
-            if (low, high) not in filters:
-                some = weight[:, :, low:high].transpose(0, 2, 1, 3, 4)
-                filters[low, high] = const(some.reshape(k, (high - low) * c, *weight.shape[3:]))
-            taps = filters[low, high]
-        read = relax.op.strided_slice(frames, [1], [(first + low) * c], [(first + high) * c])
-        conv = relax.op.nn.conv2d(read, taps, strides=strides, padding=[top, left, bottom, right], dilation=dilation)
+        empty = low >= high
+        if (low, high) not in filters:
+            some = weight[:, :, low:high] if not empty else np.zeros_like(weight[:, :, :1])
+            filters[low, high] = const(some.transpose(0, 2, 1, 3, 4).reshape(k, -1, *weight.shape[3:]))
+        begin, end = (
+            (first + low, first + high) if not empty else (0, 1)
+        )  # where there is only padding: zeros, of a frame
+        read = relax.op.strided_slice(frames, [1], [begin * c], [end * c])
+        conv = relax.op.nn.conv2d(
+            read, filters[low, high], strides=strides, padding=[top, left, bottom, right], dilation=dilation
+        )
         results.append(stepped(graph, with_span(conv, call.span), steps, 1))
     y = relax.op.concat(results, 1) if out > 1 else results[0]
     return relax.op.permute_dims(relax.op.reshape(y, (n, out, k, *size)), FRAMES_OUT)
