@@ -45,9 +45,14 @@ def plan(images: int, batches: tuple[int, ...], seconds: tuple[float, ...]) -> t
     Their sum is at least ``images``; the last run is padded. Of all such lists it is the one with the least sum of
     ``seconds``, and where two are equal the one with the larger sizes.
     """
-    largest = batches[-1]
-    full = max(0, images // largest - 1)  # beyond two of the largest nothing is left to weigh
-    rest = images - full * largest
+    bulk, cost = batches[-1], seconds[-1]  # the size that is cheapest for an image, the larger one of two equal ones
+    for size, each in zip(reversed(batches), reversed(seconds), strict=True):
+        if each * bulk < cost * size:
+            bulk, cost = size, each
+    # Among any ``bulk`` runs of other sizes are some whose images runs of ``bulk`` take exactly, at no greater cost: fewer
+    # than that are weighed.
+    full = max(0, (images - bulk * batches[-1]) // bulk)
+    rest = images - full * bulk
     best = [0.0] + [math.inf] * rest
     first = [0] * (rest + 1)
     for n in range(1, rest + 1):
@@ -59,7 +64,7 @@ def plan(images: int, batches: tuple[int, ...], seconds: tuple[float, ...]) -> t
     while rest > 0:
         sizes.append(first[rest])
         rest -= first[rest]
-    return (largest,) * full + tuple(sorted(sizes, reverse=True))
+    return tuple(sorted([bulk] * full + sizes, reverse=True))
 
 
 def pieces(arrays: Sequence[np.ndarray], sizes: Sequence[int]) -> Iterator[tuple[int, list[np.ndarray]]]:

@@ -226,9 +226,12 @@ void check_compatible(const Manifest& manifest, const std::string& path) {
 }
 
 std::vector<int64_t> plan(int64_t images, const Manifest& m) {
-  int64_t largest = m.batches.back();
-  int64_t full = std::max<int64_t>(0, images / largest - 1);
-  int64_t rest = images - full * largest;
+  size_t bulk = m.batches.size() - 1;  // cheapest for an image; batching.py says how many of it need no weighing
+  for (size_t k = bulk; k-- > 0;)
+    if (m.seconds[k] * m.batches[bulk] < m.seconds[bulk] * m.batches[k]) bulk = k;
+  int64_t size = m.batches[bulk];
+  int64_t full = std::max<int64_t>(0, (images - size * m.batches.back()) / size);
+  int64_t rest = images - full * size;
   std::vector<double> best(rest + 1, std::numeric_limits<double>::infinity());
   std::vector<int64_t> first(rest + 1, 0), sizes;
   best[0] = 0;
@@ -238,8 +241,8 @@ std::vector<int64_t> plan(int64_t images, const Manifest& m) {
       if (total < best[n]) best[n] = total, first[n] = m.batches[k];
     }
   for (; rest > 0; rest -= sizes.back()) sizes.push_back(first[rest]);
+  sizes.insert(sizes.end(), full, size);
   std::sort(sizes.rbegin(), sizes.rend());
-  sizes.insert(sizes.begin(), full, largest);
   return sizes;
 }
 

@@ -154,7 +154,7 @@ def test_plan_is_the_cheapest_cover(images, table):
     chosen = plan(images, sizes, seconds)
     assert sum(chosen) >= images and list(chosen) == sorted(chosen, reverse=True) and set(chosen) <= set(sizes)
     assert sum(chosen[:-1]) < images  # no run is all padding
-    if images <= 2 * sizes[-1] and images <= 12:
+    if images <= 12:
         covers = (
             c
             for k in range(1, images + 1)
@@ -169,6 +169,8 @@ def test_plan_by_example():
     assert plan(3, (1, 4, 16), (1.0, 1.5, 3.0)) == (4,)
     assert plan(70, (1, 4, 16), (1.0, 3.5, 13.0)) == (16, 16, 16, 16, 4, 1, 1)
     assert plan(4, (2, 4), (2.0, 4.0)) == (4,)
+    assert plan(8, (1, 2, 4), (1.0, 1.0, 3.0)) == (2, 2, 2, 2), "the largest is not the cheapest"
+    assert plan(1001, (1, 2, 4), (1.0, 1.0, 3.0)) == (2,) * 501
 
 
 def test_larger_batches_are_expected_to_gain_a_little():
