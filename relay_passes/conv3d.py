@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from tvm import relax
 
-from ._anchors import per_channel
+from ._anchors import per_channel, scale_weights
 from ._steps import chain, stepped
 from ._utils import (
     BINARY,
@@ -46,16 +46,15 @@ def _is_conv3d(graph: Graph, var: Any) -> bool:
     return plain and int(a.groups) == 1 and ints(a.dilation)[0] == 1 and shape_of(var)[2] <= MOST_FRAMES
 
 
-def _scaled(graph: Graph, weight: Array, steps: list[Any]) -> tuple[Array, list[Any]]:
+def _scaled(graph: Graph, layer: Any, steps: list[Any]) -> tuple[Array, list[Any]]:
     """The weights with a first multiplication in them: folded later, it would be in a copy for each frame."""
-    call: Any = graph.get(steps[0]) if steps else None
-    if op_name(call) != "multiply":
-        return weight, steps
-    numbers = next((a for a in call.args if is_const(a)), None)
-    scale = per_channel(np.asarray(value(numbers)), shape_of(steps[0]), 1) if numbers is not None else None
-    if scale is None:
-        return weight, steps
-    return (weight * scale.reshape(-1, 1, 1, 1, 1) + 0.0).astype(np.float32), steps[1:]
+    call, step = graph.get(layer), graph.get(steps[0]) if steps else None
+    if op_name(step) != "multiply":
+        return value(call.args[1]), steps
+    numbers = next(a for a in step.args if is_const(a))  # type: ignore[union-attr]
+    scale = per_channel(np.asarray(value(numbers)), shape_of(steps[0]), 1)
+    assert scale is not None  # as of every step
+    return value(scale_weights(call, scale)), steps[1:]
 
 
 def _rewrite(graph: Graph, var: Any, call: Any) -> Any:
@@ -65,7 +64,7 @@ def _rewrite(graph: Graph, var: Any, call: Any) -> Any:
     layer, steps = found
     call = graph.get(layer)
     a = call.attrs
-    weight, steps = _scaled(graph, value(call.args[1]), steps)
+    weight, steps = _scaled(graph, layer, steps)
     (n, c, depth, h, w), (_, k, out, *size) = shape_of(call.args[0]), shape_of(layer)
     (stride, *strides), (_, *dilation), pads = ints(a.strides), ints(a.dilation), ints(a.padding)
     front, top, left, _, bottom, right = pads if len(pads) == 6 else pads * 2
@@ -79,13 +78,9 @@ def _rewrite(graph: Graph, var: Any, call: Any) -> Any:
         if (low, high) not in filters:
             some = weight[:, :, low:high] if not empty else np.zeros_like(weight[:, :, :1])
             filters[low, high] = const(some.transpose(0, 2, 1, 3, 4).reshape(k, -1, *weight.shape[3:]))
-        begin, end = (
-            (first + low, first + high) if not empty else (0, 1)
-        )  # where there is only padding: zeros, of a frame
+        begin, end = (0, 1) if empty else (first + low, first + high)  # only padding: zeros, of the first frame
         read = relax.op.strided_slice(frames, [1], [begin * c], [end * c])
-        conv = relax.op.nn.conv2d(
-            read, filters[low, high], strides=strides, padding=[top, left, bottom, right], dilation=dilation
-        )
+        conv = relax.op.nn.conv2d(read, filters[low, high], strides, [top, left, bottom, right], dilation)
         results.append(stepped(graph, with_span(conv, call.span), steps, 1))
     y = relax.op.concat(results, 1) if out > 1 else results[0]
     return relax.op.permute_dims(relax.op.reshape(y, (n, out, k, *size)), FRAMES_OUT)

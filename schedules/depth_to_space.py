@@ -15,7 +15,7 @@ from ..errors import InternalError
 from ..layout import Layout
 from ..target import CpuTarget
 from .convert import SHUFFLE_STEPS
-from .rows import Index, View, build, channels_of, load, pick, pieces, store, zero_halo
+from .rows import Index, View, build, channels_of, load, pieces, store, zero_halo
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def emit_depth_to_space(
 ) -> Any:
     """PrimFunc(src f32[src_size], dst f32[dst_size]). Raises InternalError if the shapes do not belong together or a slice
     does not fit. Bound by the caches: 32 channels of 64x64 from 4 phases take 12 us on one Zen 4 thread, 85 GB/s read and
-    written; three columns 82."""
+    written (three columns 82): 0.7 of L2's 32 bytes a cycle."""
     rows, columns = workload.rows, workload.columns
     if (src.n, src.c, src.h * rows, src.w * columns) != (dst.n, dst.c * rows * columns, dst.h, dst.w):
         raise InternalError(f"{workload} does not turn {src} into {dst}")
@@ -84,4 +84,4 @@ def _interleave(source: Any, starts: list[Index], goal: Any, to_at: Index, width
 
 
 def _shuffled(vectors: list[Any], order: list[int], size: int) -> Any:
-    return pick(vectors, 1, 1, order[0]) if size == 1 else B.Shuffle(vectors, [B.int32(i) for i in order])
+    return vectors[order[0]] if size == 1 else B.Shuffle(vectors, [B.int32(i) for i in order])
