@@ -12,11 +12,11 @@ from onnx import TensorProto, numpy_helper
 
 from ..errors import InvalidModel
 from ..onnx_read import subgraphs
+from ..onnx_recurrent import GATES
 from ..winograd import DOMAIN, function_names, of_tile
 
 Array = npt.NDArray[Any]
 _VIEWS = ("Reshape", "Unsqueeze", "Squeeze", "Identity", "Flatten")  # the same numbers in the same order
-RECURRENT = ("LSTM", "GRU", "RNN")
 _FLOATS = (TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16)
 
 
@@ -140,7 +140,7 @@ def layers(graph: Graph) -> list[WeightedLayer]:
     """Every layer of the main graph with a constant weight, in graph order."""
     found = []
     for node in graph.graph.node:
-        if node.op_type in RECURRENT and node.domain in ("", "ai.onnx"):
+        if node.op_type in GATES and node.domain in ("", "ai.onnx"):
             found += [layer for place in (1, 2) if (layer := _recurrent(graph, node, place)) is not None]
         elif (layer := _layer(graph, node)) is not None:
             found.append(layer)
@@ -208,7 +208,7 @@ def _other_use(graph: Graph, name: str) -> str:
             for output in node.output:
                 if problem := _other_use(graph, output):
                     return problem
-        elif node.op_type not in {"Conv", "ConvTranspose", "Gemm", "MatMul", *RECURRENT} and node.domain != DOMAIN:
+        elif node.op_type not in {"Conv", "ConvTranspose", "Gemm", "MatMul", *GATES} and node.domain != DOMAIN:
             return f"weight is also used by {node.op_type}"
     return ""
 
