@@ -22,9 +22,8 @@ from dataclasses import dataclass
 
 from ..layout import LINE, round_up
 from ..target import CpuTarget
-from ..workload import ConvWorkload, DenseWorkload
+from ..workload import ConvWorkload
 from .aligned import Copies
-from .dense import FcKnobs
 from .gather_gemm import DENSE_AHEAD, Knobs
 from .pointwise import Slot
 
@@ -37,7 +36,6 @@ CROSSING = 1.7  # a 64-byte load at a random offset against an aligned one
 NARROW = {True: 0.68, False: 0.5}  # 8-lane load or multiply-add on a 16-lane machine: (aligned loads, everything else)
 SEGMENT = 14  # pixels of a row whose sums are in registers at once, with output channels in the lanes
 CHAINS = 6  # sums that a multiply-add's latency needs
-FC_DISTANCE = 512  # weights that the rows of a fully connected layer fetch ahead of their use
 TRANSPOSE = 60.0  # cycles to turn 16 channels of a segment into rows of pixels
 EVEN = 20  # parallel pieces from which an odd number is as good as an even one
 BAND_PIECES = 4  # of an interleaved layer, whose calls may compute a row at a time
@@ -222,7 +220,6 @@ BLOCKS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32)
 DENSE_ROWS = (3, 4, 6, 8, 12)
 ACROSS_ROWS = (16, 32, 64)
 AHEAD = {True: (0, DENSE_AHEAD), False: (0, 4)}  # by whether every column is stored
-FC_AHEAD = (0, 128, 256, 512, 1024, 2048)
 
 
 def registers_used(rows: int, vectors: int, lanes: int, target: CpuTarget) -> int:
@@ -284,30 +281,6 @@ class ConvSpace:
         return any(knobs == k for k in self)
 
 
-@dataclass(frozen=True)
-class FcSpace:
-    """Legal knobs of a fully connected layer of few rows."""
-
-    start: FcKnobs
-    sums: tuple[int, ...]
-    vectors: tuple[int, ...]
-    chunks: tuple[int, ...]
-    ahead: tuple[int, ...]
-
-    def __iter__(self) -> Iterator[FcKnobs]:
-        yield self.start
-        for values in itertools.product(self.sums, self.vectors, self.chunks, self.ahead):
-            knobs = FcKnobs(*values)
-            if knobs != self.start:
-                yield knobs
-
-    def __contains__(self, knobs: object) -> bool:
-        return any(knobs == k for k in self)
-
-
-Space = ConvSpace | FcSpace
-
-
 def copies_fit(knobs: Knobs, copies: Copies | None, target: CpuTarget) -> bool:
     """Whether aligned ``knobs`` are legal: ``copies`` (of such knobs; None where a layer has none) take a share of L2."""
     return copies is not None and 4 * copies.floats(knobs.channel_block) <= COPIES_SHARE * target.l2_bytes
@@ -363,22 +336,3 @@ def conv_space(
         if v * lanes >= ALIGNED_SHORTEST and copies_fit(knobs, copies(v, lanes), target):
             aligned.append(dataclasses.replace(knobs, chunks=aligned_chunks(knobs, positions, wl.k // r, threads)))
     return ConvSpace(start, tiles, (cg,) if start.dense else blocks, chunks, AHEAD[start.dense], tuple(aligned))
-
-
-def fc_default(wl: DenseWorkload, dense: bool, target: CpuTarget) -> FcKnobs:
-    """Eight sums hide four cycles of latency at two multiply-adds a cycle."""
-    if not dense:
-        # Gathers keep the hardware prefetcher from running ahead; what fits L2 needs none (1.3 to 1.9 times, AlexNet).
-        far = wl.k * wl.n * 4 > 4 * target.l2_bytes
-        return FcKnobs(chunks=min(16, wl.n), vectors=1, ahead=FC_DISTANCE if far else 0)
-    return FcKnobs(sums=1, vectors=max(1, min(4, (target.registers - 6) // wl.m, -(-wl.n // target.lanes))), chunks=1)
-
-
-def fc_space(wl: DenseWorkload, start: FcKnobs, dense: bool, target: CpuTarget, threads: int) -> FcSpace:
-    if dense:
-        most = min(8, -(-wl.n // target.lanes))
-        vectors = tuple(v for v in range(1, most + 1) if wl.m * v + v + 1 <= target.registers)
-        return FcSpace(start, (1,), vectors, (1,), FC_AHEAD)
-    pieces = {start.chunks} if threads == 1 else {start.chunks, threads, 4 * threads, 16 * threads}
-    sums = (4, 8, 16) if target.registers > 16 else (4, 8)
-    return FcSpace(start, sums, (1,), tuple(sorted(c for c in pieces if c <= wl.n)), FC_AHEAD)

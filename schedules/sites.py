@@ -21,13 +21,13 @@ import numpy.typing as npt
 from ..layout import Halo, Space, interleaved, plane
 from ..target import CpuTarget
 from ..workload import ConvWorkload, DenseWorkload
-from . import conv2d, dense, gather_gemm, winograd
+from . import conv2d, dense, fc_knobs, gather_gemm, sell, winograd
 from . import knobs as model
 from . import winograd_conv2d as wino
 from .aligned import Copies
-from .dense import FcKnobs
+from .fc_knobs import FcKnobs, FcSpace
 from .gather_gemm import Knobs
-from .knobs import ConvSpace, FcSpace
+from .knobs import ConvSpace
 from .pointwise import Instr, Program, Slot
 from .winograd import WinogradKnobs
 
@@ -233,18 +233,21 @@ class FcSite(Site):
         return self.weight.T
 
     def default(self, target: CpuTarget) -> FcKnobs:
-        return model.fc_default(self.workload, self.kernel == "dense", target)
+        return fc_knobs.default(self.workload, self.kernel, target, self.stored)
 
     def space(self, target: CpuTarget, threads: int = 1) -> FcSpace:
-        return model.fc_space(self.workload, self.default(target), self.kernel == "dense", target, threads)
+        return fc_knobs.space(self.workload, self.default(target), self.kernel, target, threads)
 
     def adapt(self, knobs: Any, target: CpuTarget, threads: int = 1) -> FcKnobs | None:
         assert isinstance(knobs, FcKnobs)
+        if self.kernel == "sell" and knobs.window not in fc_knobs.windows(self.workload, target):
+            return None
         return dataclasses.replace(knobs, chunks=self.default(target).chunks)
 
     def build(self, knobs: AnyKnobs, target: CpuTarget) -> Built:
         assert isinstance(knobs, FcKnobs)
-        kernel = dense.build(self.workload, self.weight, self.kernel, self.epilogue, self.residuals, target, knobs)
+        make = dense.build if self.kernel == "dense" else sell.build
+        kernel = make(self.workload, self.weight, self.epilogue, self.residuals, target, knobs)
         return Built(kernel.name, kernel.key, kernel.constants, kernel.stored_bytes, kernel.emit)
 
     def sizes(self) -> tuple[int, tuple[int, ...], int]:

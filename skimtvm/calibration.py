@@ -231,7 +231,8 @@ class Calibration:
         """How much longer the sparse kernel ``name`` takes for a multiply-add than the direct dense one: geometric mean
         over ALPHA_DENSITIES. None where the kernel cannot run the layer or was not measured."""
         options = {k.name: k for k in applicable(workload)}
-        kernel = options.get(name) or (options["csr"] if name.startswith("bsr") else None)
+        single = next((k for k in options.values() if k.rows == 1), None)  # of layers that have no blocks, or no CSR
+        kernel = options.get(name) or (single if name.startswith(("bsr", "csr")) else None)
         if kernel is None or not self.knows(kernel, workload) or not self.knows(options["dense"], workload):
             return None
         direct = self.dense_seconds(workload)[0]

@@ -60,7 +60,7 @@ class Kernel:
 
 _CONV, _FC = "skimtvm.ops.conv2d", "skimtvm.ops.dense"
 _WINOGRAD = "skimtvm.ops.winograd:winograd_conv2d"
-_GATHER, _ROWS, _TILES = (f"skimtvm.schedules.{name}" for name in ("gather_gemm", "dense", "winograd"))
+_GATHER, _ROWS, _SELL, _TILES = (f"skimtvm.schedules.{n}" for n in ("gather_gemm", "dense", "sell", "winograd"))
 
 KERNELS = (
     Kernel("dense", "conv2d", 0, 0.93, 4, f"{_CONV}:conv2d", _GATHER),
@@ -73,7 +73,7 @@ KERNELS = (
     Kernel("dense", "winograd", 0, 0.85, 4, _WINOGRAD, _TILES),
     Kernel("csr", "winograd", 1, 0.45, 8, "skimtvm.ops.winograd:winograd_csr_conv2d", _TILES),
     Kernel("dense", "fc", 0, 0.90, 4, f"{_FC}:dense", _ROWS),
-    Kernel("csr", "fc", 1, 0.70, 6, f"{_FC}:csr_dense", _ROWS),
+    Kernel("sell", "fc", 1, 0.70, 5.5, f"{_FC}:sell_dense", _SELL),
 )
 
 

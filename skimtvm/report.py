@@ -34,7 +34,7 @@ class LayerRecord:
 
     @property
     def sparse(self) -> bool:
-        return "_csr_" in self.kernel or "_bsr_" in self.kernel
+        return any(f"_{name}_" in self.kernel for name in ("csr", "bsr", "sell"))
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), separators=(",", ":"), ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""Matrix product of activations with weights, dense and CSR: TE definitions and the NumPy reference."""
+"""Matrix product of activations with weights, dense and SELL: TE definitions and the NumPy reference."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from tvm import te, tirx
 
+from ..formats.sell import STEPS, SellMatrix
 from ..workload import DenseWorkload
 
 
@@ -19,25 +20,30 @@ def dense(workload: DenseWorkload) -> list[Any]:
     return [x, weight, te.compute((wl.m, wl.n), lambda i, j: te.sum(x[i, k] * weight[k, j], axis=k), name="dense")]
 
 
-def csr_dense(workload: DenseWorkload, nnz: int) -> list[Any]:
-    """[x f32[m, k], indptr int32[n + 1], indices int32[nnz], data f32[nnz], y f32[m, n]]; ``nnz`` at least 1.
+def sell_dense(workload: DenseWorkload, matrix: SellMatrix) -> list[Any]:
+    """[x f32[m, k], place int32[n], ip, base, index, data as in ``SellMatrix``, y f32[m, n]].
 
-    Row j of the CSR matrix holds the weights of output j; ``indices`` are positions in 0..k.
+    Of ``matrix``, which has at least one bundle, only the sizes count. ``place`` is the inverse of its order.
     """
-    wl = workload
+    wl, lanes = workload, matrix.lanes
     x = te.placeholder((wl.m, wl.k), "float32", name="x")
-    indptr = te.placeholder((wl.n + 1,), "int32", name="indptr")
-    indices = te.placeholder((nnz,), "int32", name="indices")
-    data = te.placeholder((nnz,), "float32", name="data")
+    place = te.placeholder((wl.n,), "int32", name="place")
+    ip = te.placeholder((matrix.slices + 1,), "int32", name="ip")
+    base = te.placeholder((matrix.bundles,), "int32", name="base")
+    index = te.placeholder((matrix.bundles, lanes), "int32", name="index")
+    data = te.placeholder((matrix.bundles, STEPS, lanes), "float32", name="data")
 
     def value(i: Any, j: Any) -> Any:
-        # At least one step, in which TE initialises the sum: a row may be empty.
-        entry = te.reduce_axis((0, tirx.max(indptr[j + 1] - indptr[j], 1)), "entry")
-        p = indptr[j] + entry
-        product = data[p] * x[i, indices[p]]
-        return te.sum(tirx.if_then_else(p < indptr[j + 1], product, tirx.const(0.0, "float32")), axis=entry)
+        first, lane = ip[place[j] // lanes], place[j] % lanes
+        count = ip[place[j] // lanes + 1] - first
+        # At least one step, in which TE initialises the sum: a slice may be empty.
+        bundle, step = te.reduce_axis((0, tirx.max(count, 1)), "bundle"), te.reduce_axis((0, STEPS), "step")
+        p = first + bundle
+        column = base[p] + ((index[p, lane] >> (8 * step)) & 255)
+        product = tirx.if_then_else(bundle < count, data[p, step, lane] * x[i, column], tirx.const(0.0, "float32"))
+        return te.sum(product, axis=[bundle, step])
 
-    return [x, indptr, indices, data, te.compute((wl.m, wl.n), value, name="csr_dense")]
+    return [x, place, ip, base, index, data, te.compute((wl.m, wl.n), value, name="sell_dense")]
 
 
 def dense_reference(x: np.ndarray, weight: np.ndarray) -> np.ndarray:

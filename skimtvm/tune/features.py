@@ -21,7 +21,7 @@ NAMES = (
     "fc", "rows stored together", "density", "nonzeros a row", "row imbalance", "taps", "input channels",
     "output channels", "positions", "weight bytes / L2", "rows", "vectors", "lanes", "tile width", "tiles",
     "share of lanes used", "channel blocks", "entries a visit", "footprint / L1", "footprint / L2",
-    "footprint / that of the default", "ahead", "sums", "aligned", "copied lines / multiply-adds",
+    "footprint / that of the default", "ahead", "window", "aligned", "copied lines / multiply-adds",
     "model cycles / those of the default",
 )  # fmt: skip
 
@@ -39,7 +39,7 @@ def features(task: Task, candidates: Sequence[AnyKnobs]) -> F32:
 def _fc(task: Task, site: Any, imbalance: float, weights: float, candidates: Sequence[Any]) -> list[list[float]]:
     wl, s = site.workload, task.sparsity
     head = [1, 1, s.density, s.row_mean, imbalance, 1, wl.k, wl.n, wl.m, weights]
-    return [[*head, 1, k.vectors, 1, 1, 1, 1, 1, s.row_mean, 1, 1, 1, k.ahead, k.sums, 0, 0, 1] for k in candidates]
+    return [[*head, 1, k.vectors, 1, 1, 1, 1, 1, s.row_mean, 1, 1, 1, k.ahead, k.window, 0, 0, 1] for k in candidates]
 
 
 def _conv(task: Task, site: Any, imbalance: float, weights: float, candidates: Sequence[Any]) -> list[list[float]]:

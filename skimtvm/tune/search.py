@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import EnvironmentProblem, InvalidOption
-from ..schedules.dense import FcKnobs
+from ..schedules.fc_knobs import FcKnobs
 from ..schedules.gather_gemm import Knobs
 from ..schedules.sites import AnyKnobs
 from ..schedules.winograd import WinogradKnobs
@@ -43,7 +43,7 @@ def _kind(knobs: AnyKnobs) -> object:
     """What candidates have in common that run at similar speed."""
     if isinstance(knobs, WinogradKnobs):
         return knobs.rows, knobs.vectors, knobs.together, knobs.segment
-    return (knobs.vectors, knobs.lanes, knobs.aligned) if isinstance(knobs, Knobs) else knobs.ahead
+    return (knobs.vectors, knobs.lanes, knobs.aligned) if isinstance(knobs, Knobs) else (knobs.window, knobs.ahead)
 
 
 def _nearest(knobs: AnyKnobs, space: Sequence[AnyKnobs]) -> AnyKnobs | None:

@@ -39,7 +39,8 @@ def table(skim: Any, interruptible: Any, tmp_path_factory: pytest.TempPathFactor
 def test_ctrl_c_keeps_what_was_measured(skim: Any, table: Path) -> None:
     """See the fixture. What is finished is kept, too."""
     raw = json.loads(table.read_text())
-    assert {p["kernel"] for p in raw["points"]} == {"dense", "csr", "bsr4", "bsr8", "bsr16", "winograd2", "winograd4"}
+    names = {"dense", "csr", "bsr4", "bsr8", "bsr16", "winograd2", "winograd4", "sell"}
+    assert {p["kernel"] for p in raw["points"]} == names
     assert all(p["seconds"] > 0 and p["code"].startswith("f32_") for p in raw["points"])
     before = table.read_bytes()
     assert skim("calibrate", "--quick", "-o", table).code == 5 and table.read_bytes() == before

@@ -12,7 +12,7 @@ from skimtvm.target import IDLE_PASSES, TARGETS
 
 @pytest.mark.parametrize(
     ("kernel", "op"),
-    [("csr", "conv2d"), ("bsr4", "conv2d"), ("csr", "fc"), ("dense", "winograd2"), ("csr", "winograd2")],
+    [("csr", "conv2d"), ("bsr4", "conv2d"), ("sell", "fc"), ("dense", "winograd2"), ("csr", "winograd2")],
 )
 def test_idle_passes_leave_the_machine_code_of_templates(kernel: str, op: str) -> None:
     target = TARGETS["znver4"]

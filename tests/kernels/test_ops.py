@@ -8,6 +8,7 @@ import scipy.sparse as sp
 from tvm import te
 
 from skimtvm.errors import InternalError, UnsupportedWorkload
+from skimtvm.formats import sell
 from skimtvm.formats.csr import decode, encode, validate
 from skimtvm.ops import conv2d, dense, lrn, pooling
 from skimtvm.ops.packing import run_kernel
@@ -74,15 +75,42 @@ def test_csr_conv2d(wl, density):
     np.testing.assert_allclose(got, conv2d.conv2d_reference(x, weight, wl), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("window", [1, 32, 256])
+@pytest.mark.parametrize(
+    "shape,density", [((1, 1), 1.0), ((70, 40), 0.3), ((130, 300), 0.1), ((48, 500), 1.0), ((9, 7), 0.0)]
+)
+def test_sell_encodes_exactly(shape, density, window):
+    matrix = random(*shape, density=density)
+    matrix[::5] = 0  # rows of very different length
+    m = sell.encode(matrix, 16, window)
+    np.testing.assert_array_equal(sell.decode(m), matrix)
+    assert (m.base >= 0).all() and (m.base <= max(0, shape[1] - window)).all()
+    assert m.ip[-1] == m.bundles == len(m.index) == len(m.data)
+    padded = np.arange(m.slices * m.lanes)
+    assert (np.sort(m.order) == padded).all() and (m.order // sell.SIGMA == padded // sell.SIGMA).all()
+
+
+def test_sell_pads_as_its_model_says():
+    rng = np.random.default_rng(1)
+    for density, window in ((0.02, 128), (0.05, 128), (0.1, 32), (0.1, 128), (0.2, 32), (0.35, 64)):
+        matrix = (rng.random((256, 2048)) < density).astype(np.float32)
+        stored = sell.encode(matrix, 16, window).data.size / np.count_nonzero(matrix)
+        assert stored == pytest.approx(sell.stored_share(density * window), rel=0.15)
+    with pytest.raises(InternalError, match="a float32 matrix"):
+        sell.encode(np.zeros((2, 2)), 16, 32)
+    with pytest.raises(InternalError, match="windows of 300"):
+        sell.encode(np.zeros((2, 2), np.float32), 16, 300)
+
+
 @pytest.mark.parametrize("wl", [DenseWorkload(1, 40, 9), DenseWorkload(3, 17, 5), DenseWorkload(1, 1, 1)], ids=str)
 def test_dense(wl):
     x, weight = random(wl.m, wl.k), random(wl.k, wl.n, density=0.3)
     want = dense.dense_reference(x, weight)
     np.testing.assert_allclose(run(dense.dense(wl), x, weight), want, rtol=1e-4, atol=1e-5)
     weight[:, 0] = 0
-    m = encode(np.ascontiguousarray(weight.T))
-    indices, data = np.append(m.indices, np.int32(0)), np.append(m.data.ravel(), np.float32(np.nan))
-    got = run(dense.csr_dense(wl, indices.size), x, m.indptr, indices, data)
+    m = sell.encode(np.ascontiguousarray(weight.T), 4, 8)
+    place = np.argsort(m.order)[: wl.n].astype(np.int32)
+    got = run(dense.sell_dense(wl, m), x, place, m.ip, m.base, m.index, m.data)
     np.testing.assert_allclose(got, dense.dense_reference(x, weight), rtol=1e-4, atol=1e-5)
 
 

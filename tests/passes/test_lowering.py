@@ -158,7 +158,7 @@ def stats_at(density: float, rows: int = 1, shape: tuple[int, ...] = (64, 64, 3,
 @pytest.mark.parametrize(
     "workload,density,rows,kernel",
     [(CONV, 1.0, 1, "dense"), (CONV, 0.8, 1, "dense"), (CONV, 0.1, 1, "csr"), (CONV, 0.1, 4, "bsr4"), (CONV, 0.1, 8, "bsr8"),
-     (CONV, 0.0, 1, "csr"), (FC, 0.7, 1, "dense"), (FC, 0.1, 1, "csr"), (FC, 0.1, 4, "csr")],
+     (CONV, 0.0, 1, "csr"), (FC, 0.7, 1, "dense"), (FC, 0.1, 1, "sell"), (FC, 0.1, 4, "sell")],
 )  # fmt: skip
 def test_choice_and_reason(workload: Any, density: float, rows: int, kernel: str) -> None:
     choice = choose("a", workload, stats_at(density, rows))
@@ -171,7 +171,7 @@ def test_threshold_and_force_override_the_model() -> None:
     assert choose("a", CONV, half, threshold=0.2).kernel == "dense"
     assert choose("a", CONV, stats_at(0.9), threshold=0.95).kernel != "dense"
     assert choose("a", CONV, half, force={"a": "dense"}).kernel == "dense"
-    with pytest.raises(InvalidOption, match="can take dense, csr"):
+    with pytest.raises(InvalidOption, match="can take dense, sell"):
         choose("a", FC, half, force={"a": "bsr4"})
     net = Net(1, 4, 6, 6)
     with pytest.raises(InvalidOption, match="no such layer"):

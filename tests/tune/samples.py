@@ -57,7 +57,7 @@ def winograd_site(
 def fc_site(k: int = 96, n: int = 40, density: float = 0.2) -> FcSite:
     rng = np.random.default_rng(0)
     weight = (rng.standard_normal((k, n)) * (rng.random((k, n)) < density)).astype(np.float32)
-    return FcSite(kernel="csr", stored=density, workload=DenseWorkload(1, k, n), weight=weight, epilogue=RELU)
+    return FcSite(kernel="sell", stored=density, workload=DenseWorkload(1, k, n), weight=weight, epilogue=RELU)
 
 
 def task(site: Site | None = None) -> Task:

@@ -108,8 +108,8 @@ def test_interleaved_kernels_have_points_of_their_own() -> None:
 def test_the_choice_follows_the_table() -> None:
     fast_dense = table(lambda k, w, x: 1.0 if k.rows else 0.1)
     slow_dense = table(lambda k, w, x: 1.0 if k.rows else 10.0)
-    for shape in (BETWEEN, FC):
-        assert choose("a", shape, stats(0.2)).kernel == "csr"
+    for shape, name in ((BETWEEN, "csr"), (FC, "sell")):
+        assert choose("a", shape, stats(0.2)).kernel == name
         dense = choose("a", shape, stats(0.2), calibration=fast_dense)
         assert dense.kernel == "dense" and "break-even" in dense.reason and "(measured)" in dense.reason
         sparse = choose("a", shape, stats(0.9), calibration=slow_dense)
@@ -147,7 +147,8 @@ def test_guided_pruning_uses_the_table(tmp_path: Path) -> None:
     t = table(lambda k, w, x: 2.0 if k.rows else 1.0)
     csr, dense = kernel("csr"), kernel("dense")
     assert t.alpha("csr", BETWEEN) == pytest.approx(2 * dense.efficiency / csr.efficiency)
-    assert t.alpha("bsr4", DenseWorkload(1, 64, 64)) == t.alpha("csr", DenseWorkload(1, 64, 64))
+    few = DenseWorkload(1, 64, 64)
+    assert t.alpha("bsr4", few) == t.alpha("csr", few) == t.alpha("sell", few) is not None
     path = tmp_path / "c.json"
     t.save(path)
     for source in (path, Machine(table=t).record()):

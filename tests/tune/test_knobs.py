@@ -152,7 +152,7 @@ def test_a_tile_that_is_left_out_does_spill() -> None:
 
 
 def test_versions_tell_kernels_and_targets_apart() -> None:
-    names = ("csr_conv2d", "bsr4_conv2d", "dense_conv2d", "csr_fc", "dense_fc")
+    names = ("csr_conv2d", "bsr4_conv2d", "dense_conv2d", "sell_fc", "dense_fc")
     hashes = {version(n, TARGETS["znver4"]) for n in names}
     assert len(hashes) == len(names)
     assert version("csr_conv2d", TARGETS["haswell"]) not in hashes

@@ -186,7 +186,7 @@ def test_prune_keeps_the_newest_best(tmp_path: Path) -> None:
     assert log.prune(tmp_path, lambda r: r.version != "old") == (6, 3)
     read = Log.read(tmp_path)
     assert {(r.kernel, r.threads, r.median_s) for r in read.records} == {
-        ("csr_conv2d", 1, 1.5e-3), ("csr_conv2d", 2, 1e-3), ("csr_fc", 1, 1e-3)
+        ("csr_conv2d", 1, 1.5e-3), ("csr_conv2d", 2, 1e-3), ("sell_fc", 1, 1e-3)
     }  # fmt: skip
     assert not list(tmp_path.rglob(".*"))
 

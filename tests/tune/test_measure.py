@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from skimtvm.errors import EnvironmentProblem
-from skimtvm.schedules.dense import FcKnobs
+from skimtvm.schedules.fc_knobs import FcKnobs
 from skimtvm.schedules.sites import Built, ConvSite
 from skimtvm.tune.measure import Measurer, Protocol, servers
 from skimtvm.tune.tasks import Task

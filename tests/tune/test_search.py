@@ -39,7 +39,7 @@ WIDE = conv_site(c=64, size=20, k=32, density=0.1)
 def made_up(knobs: AnyKnobs) -> float:
     """Gain over the default: a smooth hill, its top at lanes 8, 12 vectors, blocks of 16 channels, no fetching, copies."""
     if not isinstance(knobs, Knobs):
-        return 1.0 + 0.001 * knobs.sums - 1e-5 * knobs.ahead
+        return 1.0 + 0.0001 * knobs.window - 1e-3 * knobs.ahead
     distance = abs(math.log2(knobs.vectors / 12)) + 0.5 * abs(math.log2(knobs.channel_block / 16))
     return 1.4 - 0.15 * distance - 0.1 * (knobs.lanes == 16) - 0.02 * (knobs.ahead > 0) + 0.1 * knobs.aligned
 
