@@ -34,6 +34,7 @@ from .layers import Layer
 from .matrix_views import View
 from .nodes import Node, classify, nchw
 from .plan_layouts import Plan
+from .separate_spaces import separate
 
 Chooser = Callable[[Layer], Choice]
 KnobSource = Callable[[Site], tuple[AnyKnobs, str]]  # knobs of a layer, and where they come from (empty: the default)
@@ -57,14 +58,17 @@ class LowerLayers:
         graph = Graph.of(mod)
         if graph is None:
             return mod
-        nodes = classify(graph, FEW_ROWS)
+        nodes = classify(graph, FEW_ROWS, self.interleave)
         bands = None
         if self.interleave > 1:
             reads = lambda n: [*n.inputs, *n.args, *tensor_leaves(graph.defs[n.var])]
             least = {n.var: self._least_rows(n) for n in nodes}
             bands = BandOrder(nodes, self.interleave, self.target.l2_bytes, reads, tensor_leaves(graph.result), least)
         places = (bands.windows, bands.streamed) if bands else ()
-        self.plan = Plan(nodes, list(graph.func.params), self.interleave, *places)
+        params = list(graph.func.params)
+        self.plan = Plan(nodes, params, self.interleave, *places)
+        if self.interleave == 1 and (copied := separate(nodes, self.plan, self.choices, self.target)) is not None:
+            nodes, self.plan = copied, Plan(copied, params)
         lowering = _Lowering(self.knobs, bands, graph, nodes, self.plan, self.target, self.choices)
         out = lowering.run()
         self.calls = lowering.calls
@@ -317,6 +321,9 @@ class _Lowering(FlatValues):
     def _lower_pool(self, n: Node) -> None:
         self._simple(n, f"{n.workload.kind}_pool2d", lambda s, d: moves.emit_pool(n.workload, s, d, self.target))
 
+    def _lower_relayout(self, n: Node) -> None:
+        self._simple(n, "convert", lambda s, d: moves.emit_copy(s, d, self.target))
+
     def _lower_resize(self, n: Node) -> None:
         tables = n.workload.constants()
         self._simple(n, "resize2d", lambda s, d: moves.emit_resize(n.workload, s, d, self.target), tables)
@@ -324,6 +331,33 @@ class _Lowering(FlatValues):
     def _lower_depth_to_space(self, n: Node) -> None:
         make = lambda s, d: moves.emit_depth_to_space(n.workload, s, d, self.target)
         self._simple(n, "depth_to_space", make)
+
+    def _lower_crop(self, n: Node) -> None:
+        shifts = np.array(n.workload.shifts(self.plan.places[n.inputs[0]].layout), np.int32)
+        self._simple(n, "crop", lambda s, d: moves.emit_crop(n.workload, s, d, self.target), [shifts])
+
+    def _lower_pad(self, n: Node) -> None:
+        self._simple(n, "pad", lambda s, d: moves.emit_pad(n.workload, s, d, self.target))
+
+    def _lower_mosaic(self, n: Node) -> None:
+        whole = natural(*nchw(n.var))
+        out = self._allocate(whole.size)
+        for part, (y, x) in zip(n.inputs, n.workload, strict=True):
+            buffer, src = self._contiguous(part)
+            _, _, h, w = nchw(part)
+            place = dataclasses.replace(whole, h=h, w=w, front=y * whole.row_pitch + x)
+            dst = Slot(place, whole.size)
+            record = LayerRecord(self.name_of[n.var], "mosaic", text(src))
+            make = partial(moves.emit_copy, src, dst, self.target)
+            out = self._call(("copy", src, dst), "f32_convert", make, [buffer], whole.size, record, out=out)
+        self._as_tensor(n, out)
+
+    def _as_tensor(self, n: Node, flat: Any) -> None:
+        """The contiguous result of ``n``, and in its place where it has one."""
+        self.tensors[n.var] = self.bb.emit(relax.op.reshape(flat, shape_of(n.var)))
+        place = self.plan.place(n.var)
+        if place is not None:
+            self._import(n.var, place)
 
     def _lower_lrn(self, n: Node) -> None:
         self._simple(n, "lrn", lambda s, d: moves.emit_lrn(n.workload, s, d, self.target))
@@ -340,10 +374,7 @@ class _Lowering(FlatValues):
         make = lambda: moves.emit_global_avg_pool(src, dst, self.target)
         record = self._record(n, "global_avg_pool")
         flat = self._call(("mean", src), f"f32_global_avg_pool_{self.target.isa}", make, [buffer], layout.size, record)
-        self.tensors[n.var] = self.bb.emit(relax.op.reshape(flat, shape_of(n.var)))
-        place = self.plan.place(n.var)
-        if place is not None:
-            self._import(n.var, place)
+        self._as_tensor(n, flat)
 
     def _lower_matmul(self, n: Node) -> None:
         product = n.workload

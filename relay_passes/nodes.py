@@ -17,16 +17,20 @@ from ..workload import ConvWorkload, DenseWorkload, LRNWorkload, NormWorkload, P
 from ._utils import Graph, dtype_of, ints, is_const, op_name, shape_of, slice_bounds, value
 from .depth_to_space import read_depth_to_space
 from .layers import Layer, _padding, read_layer
+from .image_parts import find_parts
 from .matrix_views import is_rename, read_product
 
 # Kernels that write in any layout, also into a slice of a concatenation.
-WRITERS = frozenset(("conv2d", "pointwise", "pool", "resize", "depth_to_space", "lrn", "norm", "concat"))
+WRITERS = frozenset(
+    ("conv2d", "pointwise", "pool", "resize", "depth_to_space", "lrn", "norm", "concat", "relayout", "crop", "pad")
+)
 
 
 @dataclass(eq=False)
 class Node:
     """``kind``: conv2d, pointwise, pool, resize, depth_to_space, lrn, norm, mean, concat, view (channels of another
-    value), matmul (of activations), fc (dense rows), skip (handled by its readers) or opaque. ``inputs``: values read in
+    value), matmul (of activations), fc (dense rows), crop, pad and mosaic (``image_parts.py``), relayout (a copy in another space, ``separate_spaces.py``), skip
+    (handled by its readers) or opaque. ``inputs``: values read in
     flat form, in the order of the kernel."""
 
     kind: str
@@ -50,8 +54,9 @@ def is_activation(expr: Any) -> bool:
     return isinstance(ty, relax.TensorType) and dtype_of(expr) == "float32" and len(shape_of(expr)) == 4
 
 
-def classify(graph: Graph, few_rows: int) -> list[Node]:
-    """Nodes of all live values, producers first. ``few_rows``: dense layers of fewer rows take the row kernels."""
+def classify(graph: Graph, few_rows: int, interleave: int = 1) -> list[Node]:
+    """Nodes of all live values, producers first. ``few_rows``: dense layers of fewer rows take the row kernels; ``interleave``:
+    images that share a vector, whose parts have no kernels."""
     nodes = [_classify(graph, var, few_rows) for var in graph.order()]
     views = {n.var for n in nodes if n.kind == "view"}
     for n in nodes:  # a split whose parts are all views is never computed
@@ -59,6 +64,8 @@ def classify(graph: Graph, few_rows: int) -> list[Node]:
             users = graph.users.get(n.var, {})
             if users and all(u in views for u in users) and not any(n.var.same_as(r) for r in [graph.result]):
                 n.kind = "skip"
+    if interleave == 1:
+        find_parts(graph, nodes)
     _find_products(graph, nodes)
     return nodes
 

@@ -56,7 +56,10 @@ class _Union:
             self.parent[b] = a
 
 
-INTERLEAVABLE = frozenset(("conv2d", "pointwise", "pool", "concat", "view", "mean", "fc", "skip", "opaque"))
+# Parts of images are opaque in interleaved layouts.
+INTERLEAVABLE = frozenset(
+    ("conv2d", "pointwise", "pool", "concat", "view", "mean", "fc", "skip", "opaque", "crop", "pad", "mosaic")
+)
 
 
 def may_interleave(nodes: list[Node], images: int) -> bool:
@@ -143,7 +146,11 @@ class Plan:
         self._add(n.var, nchw(n.var))
         self._add(n.inputs[0], nchw(n.inputs[0]))
 
-    _visit_resize = _visit_depth_to_space = _visit_pool
+    _visit_resize = _visit_depth_to_space = _visit_relayout = _visit_crop = _visit_pad = _visit_pool
+
+    def _visit_mosaic(self, n: Node) -> None:
+        for part in n.inputs:
+            self._add(part, nchw(part))
 
     def _visit_mean(self, n: Node) -> None:
         self._add(n.inputs[0], nchw(n.inputs[0]))

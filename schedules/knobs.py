@@ -36,6 +36,9 @@ CROSSING = 1.7  # a 64-byte load at a random offset against an aligned one
 NARROW = {True: 0.68, False: 0.5}  # 8-lane load or multiply-add on a 16-lane machine: (aligned loads, everything else)
 SEGMENT = 14  # pixels of a row whose sums are in registers at once, with output channels in the lanes
 CHAINS = 6  # sums that a multiply-add's latency needs
+# Pages of the source that a tile of such a kernel may touch, again for each group of output channels: with more the TLB
+# misses (1x1 with 2048 inputs at 28x28 and 33x33: 86 and 61 GFLOP/s, 100 with positions in the lanes; 1024 at 33x33: 102).
+PAGE, ACROSS_PAGES = 4096, 1400
 TRANSPOSE = 60.0  # cycles to turn 16 channels of a segment into rows of pixels
 EVEN = 20  # parallel pieces from which an odd number is as good as an even one
 BAND_PIECES = 4  # of an interleaved layer, whose calls may compute a row at a time
@@ -93,7 +96,7 @@ def default_knobs(
     if images > 1:
         positions = dst.layout.w * images
     if dense:
-        return _dense(rows, per_group, positions, cg, wl, target, dst)
+        return _dense(rows, per_group, positions, cg, wl, target, src, dst)
     best: tuple[float, Knobs] | None = None
     for lanes in [images] if images > 1 else sorted({target.lanes, 8}, reverse=True):
         total = -(-positions // lanes)
@@ -156,7 +159,9 @@ def cycles(
     return total / vectors * (entries * entry + blocks * visit + copying)
 
 
-def _dense(rows: int, per_group: int, positions: int, cg: int, wl: ConvWorkload, target: CpuTarget, dst: Slot) -> Knobs:
+def _dense(
+    rows: int, per_group: int, positions: int, cg: int, wl: ConvWorkload, target: CpuTarget, src: Slot, dst: Slot
+) -> Knobs:
     """R x V of a dense layer. Whole registers: eight rows of one vector, whose weights are broadcast memory operands.
     Half registers where they waste fewer lanes (7x7, 14x14), and registers without broadcast operands (AVX2): six or
     three rows of four vectors, so that a weight is loaded once for all four; more accumulators spill."""
@@ -164,7 +169,7 @@ def _dense(rows: int, per_group: int, positions: int, cg: int, wl: ConvWorkload,
     if dst.layout.interleave == 1 and target.isa == "avx512":
         used = wl.n * wl.out_h * wl.out_w / (round_up(positions, 8) if wl.out_w < 32 else round_up(positions, lanes))
         across = _across(per_group, cg * wl.kh * wl.kw, wl.out_w)
-        if across is not None and across[1] > used * (MISALIGNED if wl.kh * wl.kw > 1 else 1.0):
+        if across is not None and _few_pages(cg, src.layout.c_pitch) and across[1] > used * (MISALIGNED if wl.kh * wl.kw > 1 else 1.0):
             rows, vectors = across[0]
             return Knobs(rows, vectors, cg, min(wl.k // rows, 32), True, lanes, across=True)
     if target.isa == "avx512" and -(-positions // 8) * 8 > 0.98 * -(-positions // lanes) * lanes:
@@ -190,6 +195,18 @@ def _across(per_group: int, columns: int, width: int) -> tuple[tuple[int, int], 
     if not parts or parts * pixels > SEGMENT + CHAINS:
         return None
     return (16 * parts, pixels), 1 / (1 + TRANSPOSE / (columns * pixels))
+
+
+def _few_pages(channels: int, c_pitch: int) -> bool:
+    """Whether a tile of such a kernel touches no more pages of its source than the TLB holds."""
+    return channels * min(1.0, 4 * c_pitch / PAGE) <= ACROSS_PAGES
+
+
+def across_serves(wl: ConvWorkload, c_pitch: int, target: CpuTarget) -> bool:
+    """Whether a dense layer may run with output channels in the lanes, which compute no gaps between rows."""
+    cg = wl.c // wl.groups
+    fits_lanes = _across(wl.k // wl.groups, cg * wl.kh * wl.kw, wl.out_w) is not None
+    return target.isa == "avx512" and fits_lanes and _few_pages(cg, c_pitch)
 
 
 def _chunks(total: int, vectors: int, groups: int, pieces: int = 8) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 from ..layout import Phases
 from ..target import CpuTarget
 from ..workload import LRNWorkload, NormWorkload, PoolWorkload
-from . import channel_norm, convert, depth_to_space, interleaved, interleaved_pooling, lrn, pooling, reduce, resize
+from . import channel_norm, convert, crop, depth_to_space, interleaved, interleaved_pooling, lrn, pooling, reduce, resize
 from .pointwise import Slot
 
 
@@ -46,6 +46,14 @@ def emit_resize(workload: resize.ResizeWorkload, src: Slot, dst: Slot, target: C
 
 def emit_depth_to_space(workload: depth_to_space.DepthToSpaceWorkload, src: Slot, dst: Slot, target: CpuTarget) -> Any:
     return depth_to_space.emit_depth_to_space(workload, src.layout, dst.layout, target=target, **_where(src, dst))
+
+
+def emit_crop(workload: crop.CropWorkload, src: Slot, dst: Slot, target: CpuTarget) -> Any:
+    return crop.emit_crop(workload, src.layout, dst.layout, target=target, **_where(src, dst))
+
+
+def emit_pad(workload: crop.PadWorkload, src: Slot, dst: Slot, target: CpuTarget) -> Any:
+    return crop.emit_pad(workload, src.layout, dst.layout, target=target, **_where(src, dst))
 
 
 def emit_lrn(workload: LRNWorkload, src: Slot, dst: Slot, target: CpuTarget) -> Any:

@@ -150,7 +150,7 @@ def test_pruned_weights_take_the_sparse_kernel_and_are_shared() -> None:
     ((_, result),) = lower_model(model, CompileOptions(calibration="none"), resolve("x86-64-v4"))
     steps = [r for r in result.layers if r.name.startswith("cell/step")]
     assert len(steps) == 7, "the first one has no state"
-    assert {r.kernel.split("_")[1] for r in steps} == {"csr"}
+    assert {r.kernel.split("_")[1] for r in steps} == {"sell"}
     shared = collections.Counter(r.symbol for r in steps)
     assert len(shared) == 1, "one kernel for all steps"
 
