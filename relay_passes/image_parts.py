@@ -1,7 +1,7 @@
 """Parts of images: slices of rows and columns, and concatenations along them, as nodes with kernels.
 
-A ``crop`` is a window of a value, or several of them side by side as channels; a ``pad`` is a value among zeros, a
-``mosaic`` is values put together, its ``workload`` the first pixel of each.
+A ``crop`` is a window of a value, a ``pad`` a value among zeros, a ``mosaic`` values put together, its ``workload`` the
+first pixel of each.
 """
 
 from __future__ import annotations
@@ -15,22 +15,20 @@ from ._utils import Graph, dtype_of, ints, is_const, op_name, shape_of, slice_bo
 
 
 def find_parts(graph: Graph, nodes: list[Any]) -> None:
-    """Turn nodes into crops and mosaics, and what they see through into ``skip``."""
+    """Turn opaque nodes into crops, pads and mosaics; a mosaic that only another one reads becomes part of it."""
     by_var = {n.var: n for n in nodes}
     for n in nodes:
         call = graph.defs[n.var]
         if n.kind == "opaque" and op_name(call) == "strided_slice":
             start = _window(call)
             if start is not None and _image(n.var):
-                n.kind, n.inputs, n.workload = "crop", [call.args[0]], CropWorkload((start,))
+                n.kind, n.inputs, n.workload = "crop", [call.args[0]], CropWorkload(*start)
         elif n.kind == "opaque" and op_name(call) == "nn.pad":
             a = call.attrs
             width = ints(a.pad_width)
             zero = str(a.pad_mode) == "constant" and float(a.pad_value) == 0
             if _image(n.var) and _image(call.args[0]) and zero and min(width) >= 0 and not any(width[:4]):
                 n.kind, n.inputs, n.workload = "pad", [call.args[0]], PadWorkload(width[4], width[6])
-        elif n.kind == "concat":
-            _join_crops(graph, n, by_var)
         elif n.kind == "opaque" and op_name(call) == "concat" and _image(n.var):
             _join_images(graph, n, call, by_var)
 
@@ -53,19 +51,6 @@ def _window(call: Any) -> tuple[int, int] | None:
             return None
         start[axis] = first
     return start[2], start[3]
-
-
-def _join_crops(graph: Graph, n: Any, by_var: dict[Any, Any]) -> None:
-    """A concatenation of windows of one value, which nobody else reads."""
-    parts = [by_var.get(v) for v in n.inputs]
-    if any(p is None or p.kind != "crop" or len(p.workload.starts) > 1 or not graph.single_use(p.var) for p in parts):
-        return
-    source = parts[0].inputs[0]
-    if any(p.inputs[0] != source or shape_of(p.var) != shape_of(parts[0].var) for p in parts):
-        return
-    n.kind, n.inputs, n.workload = "crop", [source], CropWorkload(tuple(p.workload.starts[0] for p in parts))
-    for p in parts:
-        p.kind, p.inputs, p.workload = "skip", [], None
 
 
 def _join_images(graph: Graph, n: Any, call: Any, by_var: dict[Any, Any]) -> None:

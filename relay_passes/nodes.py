@@ -16,8 +16,8 @@ from ..schedules import resize
 from ..workload import ConvWorkload, DenseWorkload, LRNWorkload, NormWorkload, PoolWorkload
 from ._utils import Graph, dtype_of, ints, is_const, op_name, shape_of, slice_bounds, value
 from .depth_to_space import read_depth_to_space
-from .layers import Layer, _padding, read_layer
 from .image_parts import find_parts
+from .layers import Layer, _padding, read_layer
 from .matrix_views import is_rename, read_product
 
 # Kernels that write in any layout, also into a slice of a concatenation.
@@ -29,9 +29,9 @@ WRITERS = frozenset(
 @dataclass(eq=False)
 class Node:
     """``kind``: conv2d, pointwise, pool, resize, depth_to_space, lrn, norm, mean, concat, view (channels of another
-    value), matmul (of activations), fc (dense rows), crop, pad and mosaic (``image_parts.py``), relayout (a copy in another space, ``separate_spaces.py``), skip
-    (handled by its readers) or opaque. ``inputs``: values read in
-    flat form, in the order of the kernel."""
+    value), matmul (of activations), fc (dense rows), crop, pad and mosaic (``image_parts.py``), relayout (a copy in
+    another space, ``separate_spaces.py``), skip (handled by its readers) or opaque. ``inputs``: values read in flat form,
+    in the order of the kernel."""
 
     kind: str
     var: Any
@@ -55,8 +55,8 @@ def is_activation(expr: Any) -> bool:
 
 
 def classify(graph: Graph, few_rows: int, interleave: int = 1) -> list[Node]:
-    """Nodes of all live values, producers first. ``few_rows``: dense layers of fewer rows take the row kernels; ``interleave``:
-    images that share a vector, whose parts have no kernels."""
+    """Nodes of all live values, producers first. ``few_rows``: dense layers of fewer rows take the row kernels;
+    ``interleave``: images that share a vector, whose parts have no kernels."""
     nodes = [_classify(graph, var, few_rows) for var in graph.order()]
     views = {n.var for n in nodes if n.kind == "view"}
     for n in nodes:  # a split whose parts are all views is never computed

@@ -11,8 +11,8 @@ from ._utils import Graph, Rewriter, graph_pass
 from .canonicalize import Canonicalize
 from .channel_shuffle import ChannelShuffle
 from .conv3d import Conv3d
-from .dilated_conv import DilatedConv
 from .dense_forms import DenseForms
+from .dilated_conv import DilatedConv
 from .find_norms import FindNorms
 from .fold_batch_norm import FoldBatchNorm
 from .fold_constants import FoldConstants
@@ -42,7 +42,8 @@ STAGES: tuple[Any, ...] = (
 
 
 # Whether tokens run with channels outermost is decided when the rest has settled, and before dense layers lose their
-# batch axes. Transposed, 3-D and widely dilated convolutions become others when normalisations have folded into their weights.
+# batch axes. Transposed, 3-D and widely dilated convolutions become others when normalisations have folded into their
+# weights.
 PHASES = (tuple(s for s in STAGES if s is not DenseForms), (TransposedConv, Conv3d, DilatedConv, TokenLayout), STAGES)
 
 

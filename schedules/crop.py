@@ -1,6 +1,7 @@
-"""Parts of images: windows of a tensor, side by side as channels if there are several, and windows among zeros.
+"""Parts of images: a window of a tensor, and a tensor as a window among zeros.
 
-A convolution of wide dilation on few pixels is 1x1 convolutions over such windows (``relay_passes/dilated_conv.py``).
+A convolution of wide dilation on few pixels is 1x1 convolutions over such windows (``relay_passes/dilated_conv.py``). The
+kernels are copies, row by row.
 """
 
 from __future__ import annotations
@@ -18,18 +19,17 @@ from .rows import View, build, channels_of, fill, load, pieces, store, zero_halo
 
 @dataclass(frozen=True)
 class CropWorkload:
-    """Channel t * C + c of the result is the window of source channel c (of C) that begins at pixel ``starts[t]``."""
+    """The result is the window of the source that begins at pixel (``top``, ``left``)."""
 
-    starts: tuple[tuple[int, int], ...]
+    top: int
+    left: int
 
     def __str__(self) -> str:
-        return f"{len(self.starts)} window{'s' if len(self.starts) > 1 else ''} from " + ", ".join(
-            f"{y},{x}" for y, x in self.starts[:4]
-        ) + (", ..." if len(self.starts) > 4 else "")
+        return f"crop from {self.top},{self.left}"
 
-    def shifts(self, src: Layout) -> list[int]:
-        """Floats from the first pixel of a source channel to each window."""
-        return [y * src.row_pitch + x for y, x in self.starts]
+    def shift(self, src: Layout) -> int:
+        """Floats from the first pixel of a source channel to the window."""
+        return self.top * src.row_pitch + self.left
 
 
 def emit_crop(
@@ -43,26 +43,22 @@ def emit_crop(
     dst_channel: int = 0,
     target: CpuTarget,
 ) -> Any:
-    """PrimFunc(src f32[src_size], shift int32[windows], dst f32[dst_size]), ``shift`` as of ``CropWorkload.shifts``, so that
-    windows of one size share code. Raises InternalError if a window leaves the source or a slice does not fit."""
-    windows = len(workload.starts)
-    inside = all(0 <= y <= src.h - dst.h and 0 <= x <= src.w - dst.w for y, x in workload.starts)
-    if (src.n, src.c * windows) != (dst.n, dst.c) or not inside:
+    """PrimFunc(src f32[src_size], shift int32[1], dst f32[dst_size]), ``shift`` that of the workload, so that windows of one
+    size share code. Raises InternalError if the window leaves the source or a slice does not fit."""
+    inside = 0 <= workload.top <= src.h - dst.h and 0 <= workload.left <= src.w - dst.w
+    if (src.n, src.c) != (dst.n, dst.c) or not inside:
         raise InternalError(f"{workload} of {src} is not {dst}")
 
     def body(x_buffer: Any, shift: Any, y_buffer: Any) -> None:
         x, y = View(src, src_size, src_channel, x_buffer), View(dst, dst_size, dst_channel, y_buffer)
         with channels_of(dst) as (c, n):
-            from_at = B.bind(x.at(n, B.floormod(c, src.c), 0, 0) + shift[B.floordiv(c, src.c)])
-            to_at = B.bind(y.at(n, c, 0, 0))
             with B.serial(0, dst.h) as row:
-                begin, goal = B.bind(from_at + row * src.row_pitch), B.bind(to_at + row * dst.row_pitch)
+                begin, goal = B.bind(x.at(n, c, row, 0) + shift[0]), B.bind(y.at(n, c, row, 0))
                 copied = lambda k, width: store(y_buffer, goal + k, width, load(x_buffer, begin + k, width))
                 pieces(dst.w, target.lanes, copied)
             zero_halo(y, n, c, target.lanes)
 
-    args = [("src", src_size, "float32"), ("shift", windows, "int32"), ("dst", dst_size, "float32")]
-    return build(args, body)
+    return build([("src", src_size, "float32"), ("shift", 1, "int32"), ("dst", dst_size, "float32")], body)
 
 
 @dataclass(frozen=True)

@@ -169,7 +169,11 @@ def _dense(
     if dst.layout.interleave == 1 and target.isa == "avx512":
         used = wl.n * wl.out_h * wl.out_w / (round_up(positions, 8) if wl.out_w < 32 else round_up(positions, lanes))
         across = _across(per_group, cg * wl.kh * wl.kw, wl.out_w)
-        if across is not None and _few_pages(cg, src.layout.c_pitch) and across[1] > used * (MISALIGNED if wl.kh * wl.kw > 1 else 1.0):
+        if (
+            across is not None
+            and _few_pages(cg, src.layout.c_pitch)
+            and across[1] > used * (MISALIGNED if wl.kh * wl.kw > 1 else 1.0)
+        ):
             rows, vectors = across[0]
             return Knobs(rows, vectors, cg, min(wl.k // rows, 32), True, lanes, across=True)
     if target.isa == "avx512" and -(-positions // 8) * 8 > 0.98 * -(-positions // lanes) * lanes:

@@ -7,7 +7,18 @@ from typing import Any
 from ..layout import Phases
 from ..target import CpuTarget
 from ..workload import LRNWorkload, NormWorkload, PoolWorkload
-from . import channel_norm, convert, crop, depth_to_space, interleaved, interleaved_pooling, lrn, pooling, reduce, resize
+from . import (
+    channel_norm,
+    convert,
+    crop,
+    depth_to_space,
+    interleaved,
+    interleaved_pooling,
+    lrn,
+    pooling,
+    reduce,
+    resize,
+)
 from .pointwise import Slot
 
 

@@ -19,8 +19,8 @@ Loops::
 
 Measured on Zen 4, one thread, one row, 90% sparse, against CSR with 16-bit indices in the same run: 1024x1000 in cache 17 us
 against 41 (window 64: 12), from memory 49 against 62; 9216x4096 1.1 ms against 1.7, 19 GB/s of the 27 that the core read
-from memory (72%). Four rows of 1024x1000 in cache: 29 us against 107. A step of four registers' table takes 5.3 cycles, of eight
-8.5, and 80 bytes: from L2 the bytes bound tables of up to four, from memory all but those of sixteen.
+from memory (72%). Four rows of 1024x1000 in cache: 29 us against 107. A step of four registers' table takes 5.3 cycles,
+of eight 8.5, and 80 bytes: from L2 the bytes bound tables of up to four, from memory all but those of sixteen.
 """
 
 from __future__ import annotations

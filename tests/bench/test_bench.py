@@ -39,7 +39,18 @@ def network_row(ours=10.0, **changes):
 
 def layer_row():
     return records.LayerRow(
-        *(TERMS, "fc7_b1", "1x4096 * 4096x4096", "0.8437", "random", 1, 1, 0.1563, "f32_sell_fc_1x16w128_avx512", "why"),
+        *(
+            TERMS,
+            "fc7_b1",
+            "1x4096 * 4096x4096",
+            "0.8437",
+            "random",
+            1,
+            1,
+            0.1563,
+            "f32_sell_fc_1x16w128_avx512",
+            "why",
+        ),
         *(16777216, 15000000, spread(0.8), spread(0.01), spread(2.0), 118.0, 6.5, 42.0, 0.06, 1.5, 25.0, 80.0, 18.0),
         *("", 0.0238, 2.3, (engine("skimtvm", 0.9), engine("onnxruntime", 3.0, kernel=spread(2.8)))),
     )
