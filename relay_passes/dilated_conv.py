@@ -34,7 +34,7 @@ from ._utils import (
 )
 from .layers import _padding
 
-RATE, BANDWIDTH = 1e11, 1e10  # FLOPs of a dense layer, bytes of copies that are read or written, a second
+RATE, BANDWIDTH = 1e11, 2e10  # FLOPs of a dense layer, bytes of copies that are read or written, a second
 CALL = 5e-6  # seconds of the calls of a tap
 LEAST_GAIN = 2.0  # what is saved over what the copies cost
 
@@ -74,7 +74,7 @@ def _spans(x: Any, weight: Array, conv: Any, shape: tuple[int, ...]) -> list[tup
     each = n * shape_of(x)[1]
     saved = 2 * each * k * (weight.shape[2] * weight.shape[3] * h * w - read) / RATE
     saved *= np.count_nonzero(weight) / weight.size
-    copies = 8 * (each * read + 2 * n * k * h * w * (len(taps) - 1)) / BANDWIDTH + CALL * len(taps)
+    copies = 8 * (each * read + n * k * h * w * (len(taps) - 1)) / BANDWIDTH + CALL * len(taps)
     return taps if saved > LEAST_GAIN * copies else None
 
 

@@ -189,6 +189,19 @@ def depth_space(n: Net) -> tuple[str, ...]:
     return n.conv(up, 4, 3), n.conv(down, 16, 4, 1, pads=[0] * 4)
 
 
+@case
+def parts_of_images(n: Net) -> tuple[str, ...]:
+    """Windows, quarters put together again (some twice, one inside of another), and zeros around."""
+    y = n.op("Relu", n.conv("x", 4, 8, density=0.3))
+    ints = lambda *values: n.const(np.array(values, np.int64))
+    cut = lambda v, top, left, bottom, right: n.op("Slice", v, ints(top, left), ints(bottom, right), ints(2, 3))
+    a, b, c, d = cut(y, 0, 0, 9, 5), cut(y, 0, 5, 9, 99), cut(y, -9, 0, 18, 5), cut(y, 9, -9, 99, 14)
+    rows = n.op("Concat", b, a, axis=3), n.op("Concat", d, c, axis=-1)
+    whole = n.op("Concat", rows[0], rows[1], rows[0], axis=2)
+    padded = n.op("Pad", n.op("Add", cut(y, 1, 1, 17, 13), n.conv(y, 8, 8, pads=[0] * 4)), ints(0, 0, 2, 1, 0, 0, 0, 3))
+    return n.conv(whole, 8, 6), n.op("Concat", padded, padded, axis=2), n.conv(padded, 8, 5, 1, pads=[0] * 4), whole
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("name", CASES)
 def test_operator(name: str, batch: int) -> None:
