@@ -14,6 +14,9 @@ from typing import Any
 import numpy as np
 from tvm import relax
 
+from ..cost_model import cost
+from ..kernels import applicable
+from ..workload import ConvWorkload
 from ._steps import chain, stepped
 from ._utils import (
     BINARY,
@@ -34,9 +37,12 @@ from ._utils import (
 )
 from .layers import _padding
 
-RATE, BANDWIDTH = 1e11, 2e10  # FLOPs of a dense layer, bytes of copies that are read or written, a second
+PEAK, BANDWIDTH = 1.18e11, 2e10  # FLOPs, bytes of copies that are read or written, a second
+DENSE = 0.9  # of the peak, that a dense layer reaches
+WINOGRAD = 1.15  # of its modelled time, which a Winograd kernel takes on images of a few pixels
+CSR = 1.8  # times that a multiply-add of a sparse layer takes
 CALL = 5e-6  # seconds of the calls of a tap
-LEAST_GAIN = 2.0  # what is saved over what the copies cost
+LEAST_GAIN = 1.5  # what is saved over what the copies cost
 
 
 @dataclass(frozen=True)
@@ -70,12 +76,17 @@ def _spans(x: Any, weight: Array, conv: Any, shape: tuple[int, ...]) -> list[tup
     taps = sorted(((r, c) for r in rows for c in columns), key=lambda t: -t[0].size * t[1].size)
     if not taps or (taps[0][0].size, taps[0][1].size) != (h, w):
         return None
-    read = sum(r.size * c.size for r, c in taps)
-    each = n * shape_of(x)[1]
-    saved = 2 * each * k * (weight.shape[2] * weight.shape[3] * h * w - read) / RATE
-    saved *= np.count_nonzero(weight) / weight.size
-    copies = 8 * (each * read + n * k * h * w * (len(taps) - 1)) / BANDWIDTH + CALL * len(taps)
-    return taps if saved > LEAST_GAIN * copies else None
+    images, c, height, width = shape_of(x)
+    kh, kw = weight.shape[2:]
+    wl = ConvWorkload(
+        images, c, height, width, k, kh, kw, padding=pads, dilation=(dilation[0], dilation[1])
+    )  # fmt: skip
+    read = sum(r.size * c.size for r, c in taps) / (h * w * kh * kw)
+    share = min(1.0, CSR * np.count_nonzero(weight) / weight.size)  # of a dense layer's time
+    whole = min([share / DENSE, *(WINOGRAD * cost(kernel, 1.0, wl) for kernel in applicable(wl) if kernel.winograd)])
+    saved = 2 * wl.macs * (whole - share * read / DENSE) / PEAK
+    moved = read * wl.macs / k + n * k * h * w * (len(taps) - 1)
+    return taps if saved > LEAST_GAIN * (8 * moved / BANDWIDTH + CALL * len(taps)) else None
 
 
 def _two(values: Any) -> list[int]:

@@ -27,6 +27,7 @@ from ..target import CpuTarget
 from ..workload import WinogradWorkload
 from ._utils import Graph, shape_of, substitute, tensor_leaves
 from .bands import BandOrder, Move, Step, taps
+from .dilated_images import as_images
 from .flat_values import text
 from .layers import Layer
 from .lower_moves import LowerMoves
@@ -64,6 +65,8 @@ class LowerLayers:
             bands = BandOrder(nodes, self.interleave, self.target.l2_bytes, reads, tensor_leaves(graph.result), least)
         places = (bands.windows, bands.streamed) if bands else ()
         params = list(graph.func.params)
+        if self.interleave == 1:
+            nodes = as_images(nodes, self.choices)
         self.plan = Plan(nodes, params, self.interleave, *places)
         if self.interleave == 1 and (copied := separate(nodes, self.plan, self.choices, self.target)) is not None:
             nodes, self.plan = copied, Plan(copied, params)
@@ -240,9 +243,9 @@ class _Lowering(LowerMoves):
     def _layer_record(self, n: Node, op: str, kernel: Built, choice: Choice, origin: str) -> LayerRecord:
         """Of a layer with weights, as the network has them. ``origin``: of the knobs."""
         layer = n.layer
-        assert layer is not None and layer.weight is not None
+        assert layer is not None and layer.weight is not None and layer.workload is not None
         return self._record(
-            n, op, kernel=kernel.name, reason=choice.reason, macs=n.workload.macs,
+            n, op, kernel=kernel.name, reason=choice.reason, macs=layer.workload.macs,
             nnz=int(np.count_nonzero(layer.weight)), weights=layer.weight.size, stored_bytes=kernel.stored_bytes,
             knobs=origin,
         )  # fmt: skip

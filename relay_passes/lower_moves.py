@@ -73,6 +73,12 @@ class LowerMoves(FlatValues):
     def _lower_pad(self, n: Node) -> None:
         self._simple(n, "pad", lambda s, d: moves.emit_pad(n.workload, s, d, self.target))
 
+    def _lower_to_images(self, n: Node) -> None:
+        self._simple(n, "to_images", lambda s, d: moves.emit_to_images(n.workload, s, d, self.target))
+
+    def _lower_from_images(self, n: Node) -> None:
+        self._simple(n, "from_images", lambda s, d: moves.emit_from_images(n.workload, s, d, self.target))
+
     def _lower_mosaic(self, n: Node) -> None:
         whole = natural(*nchw(n.var))
         out = self._allocate(whole.size)

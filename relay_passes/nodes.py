@@ -22,7 +22,20 @@ from .matrix_views import is_rename, read_product
 
 # Kernels that write in any layout, also into a slice of a concatenation.
 WRITERS = frozenset(
-    ("conv2d", "pointwise", "pool", "resize", "depth_to_space", "lrn", "norm", "concat", "relayout", "crop", "pad")
+    (
+        "conv2d",
+        "pointwise",
+        "pool",
+        "resize",
+        "depth_to_space",
+        "lrn",
+        "norm",
+        "concat",
+        "relayout",
+        "crop",
+        "pad",
+        "from_images",
+    )
 )
 
 
@@ -30,7 +43,8 @@ WRITERS = frozenset(
 class Node:
     """``kind``: conv2d, pointwise, pool, resize, depth_to_space, lrn, norm, mean, concat, view (channels of another
     value), matmul (of activations), fc (dense rows), crop, pad and mosaic (``image_parts.py``), relayout (a copy in
-    another space, ``separate_spaces.py``), skip (handled by its readers) or opaque. ``inputs``: values read in flat form,
+    another space, ``separate_spaces.py``), to_images and from_images (``dilated_images.py``), skip (handled by its
+    readers) or opaque. ``inputs``: values read in flat form,
     in the order of the kernel."""
 
     kind: str

@@ -147,6 +147,7 @@ class Plan:
         self._add(n.inputs[0], nchw(n.inputs[0]))
 
     _visit_resize = _visit_depth_to_space = _visit_relayout = _visit_crop = _visit_pad = _visit_pool
+    _visit_to_images = _visit_from_images = _visit_pool
 
     def _visit_mosaic(self, n: Node) -> None:
         for part in n.inputs:

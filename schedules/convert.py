@@ -139,7 +139,7 @@ def emit_split_phases(
                 if rows:
                     with B.serial(0, rows) as i:
                         from_at = x.at(n, c, i * sy + py, 0)
-                        _split_row(x, from_at, y, [(px, y.at(n, p, i, 0)) for px, p in planes], sx=sx, lanes=lanes)
+                        split_row(x, from_at, y, [(px, y.at(n, p, i, 0)) for px, p in planes], sx=sx, lanes=lanes)
                 for _, plane in planes:
                     for i in range(rows, dst.h):
                         fill(y_buffer, y.at(n, plane, i, 0), dst.w, lanes)
@@ -149,7 +149,7 @@ def emit_split_phases(
     return build((("src", src_size, "float32"), ("dst", dst_size, "float32")), body)
 
 
-def _split_row(x: View, from_at: Index, y: View, planes: list[tuple[int, Index]], *, sx: int, lanes: int) -> None:
+def split_row(x: View, from_at: Index, y: View, planes: list[tuple[int, Index]], *, sx: int, lanes: int) -> None:
     """The row at ``from_at`` to rows of the phases ``planes``: (column phase, address)."""
     w, out_w = x.layout.w, y.layout.w
     whole = min(out_w, w // sx)  # columns for which every phase has a pixel: vector loads stay inside of the row

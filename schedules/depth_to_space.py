@@ -59,7 +59,7 @@ def emit_depth_to_space(
                     starts = [x.at(n, c * c_step + (i * y_step + j * x_step), row, 0) for j in range(columns)]
                     to_at = y.at(n, c, row * rows + i, 0)
                     if columns <= SHUFFLE_STEPS:
-                        _interleave(x_buffer, starts, y_buffer, to_at, src.w, lanes)
+                        interleave_rows(x_buffer, starts, y_buffer, to_at, src.w, lanes)
                         continue
                     for j, start in enumerate(starts):
                         with B.serial(0, src.w) as k:
@@ -69,7 +69,7 @@ def emit_depth_to_space(
     return build([("src", src_size, "float32"), ("dst", dst_size, "float32")], body)
 
 
-def _interleave(source: Any, starts: list[Index], goal: Any, to_at: Index, width: int, lanes: int) -> None:
+def interleave_rows(source: Any, starts: list[Index], goal: Any, to_at: Index, width: int, lanes: int) -> None:
     """One output row: a float of each source row in turn."""
     columns = len(starts)
 

@@ -12,6 +12,7 @@ from . import (
     convert,
     crop,
     depth_to_space,
+    dilation,
     interleaved,
     interleaved_pooling,
     lrn,
@@ -65,6 +66,14 @@ def emit_crop(workload: crop.CropWorkload, src: Slot, dst: Slot, target: CpuTarg
 
 def emit_pad(workload: crop.PadWorkload, src: Slot, dst: Slot, target: CpuTarget) -> Any:
     return crop.emit_pad(workload, src.layout, dst.layout, target=target, **_where(src, dst))
+
+
+def emit_to_images(workload: dilation.DilationWorkload, src: Slot, dst: Slot, target: CpuTarget) -> Any:
+    return dilation.emit_to_images(workload, src.layout, dst.layout, target=target, **_where(src, dst))
+
+
+def emit_from_images(workload: dilation.DilationWorkload, src: Slot, dst: Slot, target: CpuTarget) -> Any:
+    return dilation.emit_from_images(workload, src.layout, dst.layout, target=target, **_where(src, dst))
 
 
 def emit_lrn(workload: LRNWorkload, src: Slot, dst: Slot, target: CpuTarget) -> Any:

@@ -270,7 +270,7 @@ def _between(values: Sequence[tuple[float, float]], x: float) -> float:
 
 def _seen(kernel: Kernel, workload: Workload) -> Workload:
     """The shape that counts: Winograd kernels see phase planes."""
-    return workload.phase_view if isinstance(workload, ConvWorkload) and outputs(kernel, workload) else workload
+    return workload.winograd_view if isinstance(workload, ConvWorkload) and outputs(kernel, workload) else workload
 
 
 def _place(workload: Workload) -> tuple[float, ...]:

@@ -71,7 +71,7 @@ def choose(
         if m and isinstance(workload, ConvWorkload):
             stored *= winograd_work(m, workload)
             if kernel.winograd:
-                view = workload.phase_view
+                view = workload.winograd_view
                 each *= (m + view.kh - 1) ** 2 * view.row_length / (view.kh**2 * workload.row_length)
         return Choice(kernel.name, kernel.rows, reason, stored, m, each * stored_share(kernel, stats), cost(kernel))
 
@@ -90,7 +90,9 @@ def choose(
         if forced not in options:
             raise InvalidOption(f"--force {name}={forced}: this layer can take {', '.join(options)}")
         if options[forced].winograd and winograd_error is None:
-            raise InvalidOption(f"--force {name}={forced}: the layer's activation is too long for a Winograd kernel")
+            raise InvalidOption(
+                f"--force {name}={forced}: what follows the layer, or its batch, has no Winograd kernel"
+            )
         return take(options[forced], f"forced to {forced}; {about}")
     dense, notes = direct, ""
     for kernel in sorted((k for k in options.values() if k.winograd), key=cost):

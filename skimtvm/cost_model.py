@@ -32,8 +32,8 @@ def stored_share(kernel: Kernel, stats: SparsityStats) -> float:
 
 def winograd_work(m: int, workload: ConvWorkload) -> float:
     """Multiply-adds of the products at all positions, surplus lanes included, over those of the direct convolution."""
-    tiles = workload.n * -(-workload.out_h // m) * -(-workload.out_w // m)
-    view = workload.phase_view
+    view = workload.winograd_view
+    tiles = view.n * -(-view.out_h // m) * -(-view.out_w // m)
     positions = (m + view.kh - 1) ** 2
     depth = view.c // view.groups
     return round_up(tiles, LINE) * positions * depth * workload.k / workload.macs
@@ -48,10 +48,14 @@ def cost(kernel: Kernel, stored: float, workload: Workload) -> float:
     if not m:
         return stored / kernel.efficiency
     assert isinstance(workload, ConvWorkload)
-    view = workload.phase_view
-    vectors = -(-workload.n * -(-workload.out_h // m) * -(-workload.out_w // m) // LINE)
+    view = workload.winograd_view
+    vectors = -(-view.n * -(-view.out_h // m) * -(-view.out_w // m) // LINE)
     transforms = vectors * (view.c + view.k) * TRANSFORM_CYCLES[m, view.kh] / (workload.macs / LINE)
     product = stored * winograd_work(m, workload) / kernel.efficiency
     bytes_each = kernel.weight_bytes * (m + view.kh - 1) ** 2 / view.kh**2
     weights = stored * bytes_each * view.k * view.row_length * FLOPS_PER_BYTE / (2 * workload.macs)
-    return transforms + max(product, weights)
+    moved = 0.0
+    if workload.undilated is not None:  # copies to images and back, read and written
+        pixels = workload.c * workload.h * workload.w + workload.k * workload.out_h * workload.out_w
+        moved = 8 * workload.n * pixels * FLOPS_PER_BYTE / (2 * workload.macs)
+    return transforms + max(product, weights) + moved

@@ -46,11 +46,12 @@ class Kernel:
         if self.winograd:
             if not isinstance(workload, ConvWorkload):
                 return "made for convolutions"
-            view = workload.phase_view
+            view = workload.winograd_view
             square = view.kh == view.kw and (self.winograd, view.kh) in SIZES
-            if not square or workload.dilation != (1, 1) or view.out_shape != workload.out_shape:
+            plain = workload.dilation == (1, 1) and view.out_shape == workload.out_shape
+            if not square or not (plain or workload.undilated is not None):
                 sizes = " or ".join(f"{r}x{r}" for m, r in SIZES if m == self.winograd)
-                return f"made for {sizes} filters, of stride 1 or of the phases of a strided convolution"
+                return f"made for {sizes} filters, of stride 1 or of the phases of a strided or dilated convolution"
         if self.rows > 1:
             per_group = workload.k // workload.groups if isinstance(workload, ConvWorkload) else workload.n
             if per_group % self.rows:

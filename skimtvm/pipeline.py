@@ -99,6 +99,8 @@ def choose_kernels(
             stats = analyse(layer.weight.T)
         native = isinstance(layer.workload, WinogradWorkload)
         brief = all(instr.op in BRIEF for instr in layer.program.instrs)
+        if isinstance(layer.workload, ConvWorkload) and layer.workload.undilated is not None:
+            brief &= interleave == 1 and len(layer.inputs) == 1  # residuals lie in other images
         choices[layer.name] = choose(
             layer.name,
             layer.workload,

@@ -146,6 +146,26 @@ class ConvWorkload(_Workload):
         padding = (above, before, below, after)
         return ConvWorkload(self.n, self.c * rp * cp, h, w, self.k, kh, kw, padding=padding, groups=self.groups)
 
+    @property
+    def undilated(self) -> ConvWorkload | None:
+        """The convolution without dilation that computes the same on images of the pixels ``dilation`` apart
+        (``schedules/dilation.py``); None without dilation, with strides, or where padding cuts such images unevenly."""
+        (dy, dx), (top, left, _, _) = self.dilation, self.padding
+        if self.strides != (1, 1) or self.dilation == (1, 1) or top % dy or left % dx:
+            return None
+        h, w = -(-self.h // dy), -(-self.w // dx)
+        below = -(-self.out_h // dy) + self.kh - 1 - h - top // dy
+        after = -(-self.out_w // dx) + self.kw - 1 - w - left // dx
+        padding = (top // dy, left // dx, below, after)
+        return ConvWorkload(
+            self.n * dy * dx, self.c, h, w, self.k, self.kh, self.kw, padding=padding, groups=self.groups
+        )
+
+    @property
+    def winograd_view(self) -> ConvWorkload:
+        """The convolution of stride 1 that a Winograd kernel computes in place of this one."""
+        return self.undilated or self.phase_view
+
     def __str__(self) -> str:
         shapes = "{}x{}x{}x{} * {}x{}x{}x{}".format(self.n, self.c, self.h, self.w, *self.weight_shape)
         groups = f" g{self.groups}" if self.groups > 1 else ""
