@@ -180,6 +180,8 @@ class FlatValues:
             return buffer, slot
         place = self.plan.places[var]
         layout, key = place.layout, (var, "copy")
+        if place.root_layout.natural:  # images of fewer channels are closer together
+            layout = natural(*nchw(var))
         if key not in self.buffers:
             self.buffers[key] = self._convert(place, Slot(layout, layout.size), var.name)
         return self.buffers[key], Slot(layout, layout.size)

@@ -202,6 +202,14 @@ def parts_of_images(n: Net) -> tuple[str, ...]:
     return n.conv(whole, 8, 6), n.op("Concat", padded, padded, axis=2), n.conv(padded, 8, 5, 1, pads=[0] * 4), whole
 
 
+@case
+def windows_of_a_selection(n: Net) -> tuple[str, ...]:
+    """Channels out of order, of a value in natural layout, read by kernels that need them one after the other."""
+    y = n.op("Gather", "x", n.const(np.array([3, 0, 2], np.int64)), axis=1)
+    ints = lambda *values: n.const(np.array(values, np.int64))
+    return n.op("Slice", y, ints(1, 2), ints(9, 13), ints(2, 3)), n.op("MaxPool", y, kernel_shape=[2, 2])
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("name", CASES)
 def test_operator(name: str, batch: int) -> None:
