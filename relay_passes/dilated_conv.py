@@ -16,12 +16,10 @@ from tvm import relax
 
 from ..cost_model import cost
 from ..kernels import applicable
-from ..workload import ConvWorkload
 from ._steps import chain, stepped
 from ._utils import (
     BINARY,
     UNARY,
-    Array,
     Graph,
     Rewriter,
     Rule,
@@ -35,7 +33,7 @@ from ._utils import (
     value,
     with_span,
 )
-from .layers import _padding
+from .layers import conv_workload
 
 PEAK, BANDWIDTH = 1.18e11, 2e10  # FLOPs, bytes of copies that are read or written, a second
 DENSE = 0.9  # of the peak, that a dense layer reaches
@@ -66,31 +64,22 @@ def spans_of_axis(size: int, taps: int, dilation: int, before: int, out: int) ->
     return tuple(spans)
 
 
-def _spans(x: Any, weight: Array, conv: Any, shape: tuple[int, ...]) -> list[tuple[Span, Span]] | None:
+def _spans(conv: Any) -> list[tuple[Span, Span]] | None:
     """(rows, columns) of each tap, the one that covers the whole output first; None where taps are not worth it."""
-    dilation, pads = _two(conv.attrs.dilation), _padding(ints(conv.attrs.padding))
-    rows, columns = (
-        spans_of_axis(shape_of(x)[2 + i], weight.shape[2 + i], dilation[i], pads[i], shape[2 + i]) for i in range(2)
-    )
-    n, k, h, w = shape
+    wl, weight = conv_workload(conv), value(conv.args[1])
+    (top, left, _, _), (dy, dx) = wl.padding, wl.dilation
+    rows = spans_of_axis(wl.h, wl.kh, dy, top, wl.out_h)
+    columns = spans_of_axis(wl.w, wl.kw, dx, left, wl.out_w)
     taps = sorted(((r, c) for r in rows for c in columns), key=lambda t: -t[0].size * t[1].size)
-    if not taps or (taps[0][0].size, taps[0][1].size) != (h, w):
+    if not taps or (taps[0][0].size, taps[0][1].size) != (wl.out_h, wl.out_w):
         return None
-    images, c, height, width = shape_of(x)
-    kh, kw = weight.shape[2:]
-    wl = ConvWorkload(
-        images, c, height, width, k, kh, kw, padding=pads, dilation=(dilation[0], dilation[1])
-    )  # fmt: skip
-    read = sum(r.size * c.size for r, c in taps) / (h * w * kh * kw)
+    pixels = wl.out_h * wl.out_w
+    read = sum(r.size * c.size for r, c in taps) / (pixels * wl.kh * wl.kw)
     share = min(1.0, CSR * np.count_nonzero(weight) / weight.size)  # of a dense layer's time
     whole = min([share / DENSE, *(WINOGRAD * cost(kernel, 1.0, wl) for kernel in applicable(wl) if kernel.winograd)])
     saved = 2 * wl.macs * (whole - share * read / DENSE) / PEAK
-    moved = read * wl.macs / k + n * k * h * w * (len(taps) - 1)
+    moved = read * wl.macs / wl.k + wl.n * wl.k * pixels * (len(taps) - 1)
     return taps if saved > LEAST_GAIN * (8 * moved / BANDWIDTH + CALL * len(taps)) else None
-
-
-def _two(values: Any) -> list[int]:
-    return (ints(values) * 2)[:2]
 
 
 def _is_dilated(graph: Graph, var: Any) -> bool:
@@ -109,7 +98,7 @@ def _rewrite(graph: Graph, var: Any, call: Any) -> Any:
     conv, steps = found
     call, shape = graph.get(conv), shape_of(conv)
     x, weight = call.args[0], value(call.args[1])
-    taps = _spans(x, weight, call, shape)
+    taps = _spans(call)
     if taps is None:
         return None
     total = None

@@ -13,7 +13,7 @@ from tvm import relax
 
 from ..layout import Layout, natural
 from ..report import LayerRecord
-from ..schedules import moves
+from ..schedules import crop, dilation, moves
 from ..schedules.matmul import Matrices, emit_product
 from ..schedules.pointwise import Slot
 from ._utils import shape_of, value
@@ -68,16 +68,16 @@ class LowerMoves(FlatValues):
 
     def _lower_crop(self, n: Node) -> None:
         shift = np.array([n.workload.shift(self.plan.places[n.inputs[0]].layout)], np.int32)
-        self._simple(n, "crop", lambda s, d: moves.emit_crop(n.workload, s, d, self.target), [shift], "window")
+        self._simple(n, "crop", lambda s, d: crop.emit_crop(n.workload, s, d, self.target), [shift], "window")
 
     def _lower_pad(self, n: Node) -> None:
-        self._simple(n, "pad", lambda s, d: moves.emit_pad(n.workload, s, d, self.target))
+        self._simple(n, "pad", lambda s, d: crop.emit_pad(n.workload, s, d, self.target))
 
     def _lower_to_images(self, n: Node) -> None:
-        self._simple(n, "to_images", lambda s, d: moves.emit_to_images(n.workload, s, d, self.target))
+        self._simple(n, "to_images", lambda s, d: dilation.emit_to_images(n.workload, s, d, self.target))
 
     def _lower_from_images(self, n: Node) -> None:
-        self._simple(n, "from_images", lambda s, d: moves.emit_from_images(n.workload, s, d, self.target))
+        self._simple(n, "from_images", lambda s, d: dilation.emit_from_images(n.workload, s, d, self.target))
 
     def _lower_mosaic(self, n: Node) -> None:
         whole = natural(*nchw(n.var))

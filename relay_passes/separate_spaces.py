@@ -140,18 +140,16 @@ def _with_copies(nodes: list[Node], readers: Mapping[Key, list[Node]], apart: se
         return made
 
     for n in nodes:
-        inputs = list(n.inputs)
         if n.var in apart:
-            for var in _copied(n):
+            read = _copied(n)
+            for var in read:
                 if var not in wide:
                     wide[var] = copy(var)
-                inputs = [wide[v] if v == var and v in _copied(n) else v for v in inputs]
-            if conv.phases(n.workload) is not None:
-                inputs[0] = n.inputs[0]
+            copies = {var: wide[var] for var in read}
         else:
-            inputs = [narrow[v] if v in narrow and _needs_copy(n, v, apart) else v for v in inputs]
-            if n.kind == "conv2d" and conv.phases(n.workload) is not None:
-                inputs[0] = n.inputs[0]
+            copies = {var: narrow[var] for var in n.inputs if var in narrow and _needs_copy(n, var, apart)}
+        first = 1 if n.kind == "conv2d" and conv.phases(n.workload) is not None else 0  # read as phase planes
+        inputs = [*n.inputs[:first], *(copies.get(var, var) for var in n.inputs[first:])]
         result.append(dataclasses.replace(n, inputs=inputs))
         if n.var in apart and any(_needs_copy(r, n.var, apart) for r in readers.get(n.var, ())):
             narrow[n.var] = copy(n.var)

@@ -10,9 +10,7 @@ from ..workload import LRNWorkload, NormWorkload, PoolWorkload
 from . import (
     channel_norm,
     convert,
-    crop,
     depth_to_space,
-    dilation,
     interleaved,
     interleaved_pooling,
     lrn,
@@ -58,22 +56,6 @@ def emit_resize(workload: resize.ResizeWorkload, src: Slot, dst: Slot, target: C
 
 def emit_depth_to_space(workload: depth_to_space.DepthToSpaceWorkload, src: Slot, dst: Slot, target: CpuTarget) -> Any:
     return depth_to_space.emit_depth_to_space(workload, src.layout, dst.layout, target=target, **_where(src, dst))
-
-
-def emit_crop(workload: crop.CropWorkload, src: Slot, dst: Slot, target: CpuTarget) -> Any:
-    return crop.emit_crop(workload, src.layout, dst.layout, target=target, **_where(src, dst))
-
-
-def emit_pad(workload: crop.PadWorkload, src: Slot, dst: Slot, target: CpuTarget) -> Any:
-    return crop.emit_pad(workload, src.layout, dst.layout, target=target, **_where(src, dst))
-
-
-def emit_to_images(workload: dilation.DilationWorkload, src: Slot, dst: Slot, target: CpuTarget) -> Any:
-    return dilation.emit_to_images(workload, src.layout, dst.layout, target=target, **_where(src, dst))
-
-
-def emit_from_images(workload: dilation.DilationWorkload, src: Slot, dst: Slot, target: CpuTarget) -> Any:
-    return dilation.emit_from_images(workload, src.layout, dst.layout, target=target, **_where(src, dst))
 
 
 def emit_lrn(workload: LRNWorkload, src: Slot, dst: Slot, target: CpuTarget) -> Any:

@@ -16,6 +16,7 @@ from tvm.script.ir_builder import tirx as B
 
 from ..errors import InternalError
 from ..layout import Layout
+from .pointwise import Slot
 
 UNROLL = 8  # vectors of one row that become straight-line code; longer rows loop over four at a time
 Index = Any  # an int, or a TIR expression
@@ -49,6 +50,11 @@ class View:
             raise InternalError(f"channels {self.channel}+{lay.c} of {lay} do not fit a buffer of {self.size} floats")
         if lay.zero_halo and not lay.plane:
             raise InternalError(f"{lay} asks for a zero halo, but its images do not share channels")
+
+    @staticmethod
+    def of(slot: Slot, buffer: Any) -> View:
+        """The tensor of ``slot`` in ``buffer``."""
+        return View(slot.layout, slot.size, slot.channel, buffer)
 
     def at(self, n: Index, c: Index, y: Index, x: Index) -> Index:
         """Address of a pixel; a sum of constant and variable parts that LLVM can fold."""

@@ -54,10 +54,6 @@ class SellMatrix:
     def bundles(self) -> int:
         return int(self.base.size)
 
-    @property
-    def nbytes(self) -> int:
-        return sum(a.nbytes for a in (self.order, self.ip, self.base, self.index, self.data))
-
 
 def encode(matrix: F32, lanes: int, window: int) -> SellMatrix:
     """f32[rows, columns] in slices of ``lanes`` rows (a divisor of SIGMA) and windows of at most WIDEST columns. Raises

@@ -7,6 +7,7 @@ from skimtvm.errors import InternalError
 from skimtvm.layout import Halo, Space, natural, plane
 from skimtvm.ops.packing import check_output, pack, run_kernel
 from skimtvm.schedules.dilation import DilationWorkload, emit_from_images, emit_to_images
+from skimtvm.schedules.pointwise import Slot
 from skimtvm.target import TARGETS
 
 LANES = {8: TARGETS["haswell"], 16: TARGETS["znver4"]}
@@ -31,18 +32,18 @@ def test_there_and_back(shape, apart, lanes):
     images = images.reshape(-1, c, *size)
     for whole in layouts(*shape):
         for parts in layouts(n * dy * dx, c, *size):
-            func = emit_to_images(wl, whole, parts, src_size=whole.size, dst_size=parts.size, target=target)
+            func = emit_to_images(wl, Slot(whole, whole.size), Slot(parts, parts.size), target)
             got = run_kernel(func, [pack(x, whole, fill=np.nan)], parts.size, target)
             check_output(got, images, parts, rtol=0, atol=0)
-            func = emit_from_images(wl, parts, whole, src_size=parts.size, dst_size=whole.size, target=target)
+            func = emit_from_images(wl, Slot(parts, parts.size), Slot(whole, whole.size), target)
             got = run_kernel(func, [pack(images, parts, fill=np.nan)], whole.size, target)
             check_output(got, x, whole, rtol=0, atol=0)
 
 
 def test_shapes_must_belong_together():
     whole, parts = natural(1, 2, 8, 9), natural(4, 2, 4, 4)
-    sizes = {"src_size": whole.size, "dst_size": parts.size, "target": TARGETS["znver4"]}
+    slots, target = (Slot(whole, whole.size), Slot(parts, parts.size)), TARGETS["znver4"]
     with pytest.raises(InternalError, match="images of pixels 2,2 apart"):
-        emit_to_images(DilationWorkload(2, 2), whole, parts, **sizes)
+        emit_to_images(DilationWorkload(2, 2), *slots, target)
     with pytest.raises(InternalError, match="images of pixels 2,2 apart"):
-        emit_from_images(DilationWorkload(2, 2), parts, whole, **sizes)
+        emit_from_images(DilationWorkload(2, 2), *slots[::-1], target)
