@@ -10,7 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import InternalError
+from ..formats import unrolled as unrolled_format
 from ..formats.gather import GatherMatrix, encode
+from ..formats.unrolled import RowCode
 from ..layout import Halo, Layout, Phases
 from ..target import CpuTarget
 from ..workload import ConvWorkload
@@ -19,6 +21,7 @@ from . import knobs as knobs_model
 from .gather_gemm import Gemm, Knobs, RowRun
 from .interleaved import whole_band
 from .pointwise import Program, Slot
+from .unrolled import RUNS, assemble, fused
 
 Array = npt.NDArray[np.float32] | npt.NDArray[np.int32]
 
@@ -160,6 +163,8 @@ def build(
     """
     s, d = src.layout, dst.layout
     _check(wl, s, d, knobs, channels is None)
+    if knobs.unrolled:
+        return _unrolled(wl, weight, src, dst, knobs, epilogue or Program(), tensors, channels)
     matrices = encode(
         weight, conv_groups=wl.groups, rows=knobs.rows, channel_block=knobs.channel_block, dense=knobs.dense
     )
@@ -203,3 +208,52 @@ def build(
     if gemm.masked:
         constants.append(pixel_mask(dst, gemm.vectors * knobs.lanes))
     return ConvKernel(gemm, tuple(constants), stored)
+
+
+def _unrolled(
+    wl: ConvWorkload,
+    weight: npt.NDArray[np.float32],
+    src: Slot,
+    dst: Slot,
+    knobs: Knobs,
+    epilogue: Program,
+    tensors: tuple[Slot, ...],
+    channels: Sequence[int] | None,
+) -> ConvKernel:
+    """The kernel with the nonzeros as code."""
+    mixed = src.layout.interleave > 1
+    code = row_code(wl, weight, src, knobs, channels)
+    gemm = Gemm(
+        src=src,
+        dst=dst,
+        runs=(RowRun(0, 1, wl.k, 1, 0),),
+        knobs=knobs,
+        block_columns=0,
+        group_rows=0,
+        group_step=0,
+        epilogue=epilogue,
+        tensors=tensors,
+        strides=wl.strides if mixed else (1, 1),
+        below=max(t[1] for t in taps(wl, interleaved=True)) if mixed else 0,
+    )
+    gemm = dataclasses.replace(gemm, code=assemble(code, gemm))
+    work = np.concatenate([[0], np.cumsum(code.nonzeros + code.loads + 3 * np.diff(code.rows))])
+    inner = np.searchsorted(work, work[-1] * np.arange(1, knobs.chunks) / knobs.chunks)
+    cut = np.concatenate([[0], inner, [code.groups]]).astype(np.int32)
+    data = code.data if code.data.size else np.zeros(1, np.float32)  # TVM has no empty tensors
+    constants: list[Array] = [data, code.rows, cut]
+    if mixed:
+        constants.append(whole_band(gemm.slots))
+    elif gemm.masked:
+        inside = pixel_mask(dst, gemm.vectors * knobs.lanes)
+        bits = (inside.reshape(-1, knobs.lanes) & 1) @ (1 << np.arange(knobs.lanes))
+        constants.append(inside if fused(epilogue) is None else bits.astype(np.int32))
+    return ConvKernel(gemm, tuple(constants), data.nbytes + sum(map(len, code.code)))
+
+
+def row_code(
+    wl: ConvWorkload, weight: npt.NDArray[np.float32], src: Slot, knobs: Knobs, channels: Sequence[int] | None = None
+) -> RowCode:
+    """The nonzeros of ``weight`` f32[k, c / groups, kh, kw] as code that reads ``src``."""
+    address, runs = offsets(wl, src, channels), min(RUNS, knobs.vectors)
+    return unrolled_format.encode(weight.reshape(wl.k, -1), address, wl.groups, knobs.rows, runs)

@@ -38,7 +38,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as B
@@ -49,6 +49,9 @@ from .emit import broadcast, fetch, finish, kernel_attrs, loop, parallel, store,
 from .gemm_epilogue import Epilogue
 from .interleaved import Band
 from .pointwise import Program, Slot, split_bias
+
+if TYPE_CHECKING:
+    from .unrolled import Code
 
 # Weights stream through once a tile. The hardware prefetcher stops at the end of every 4 KB page, so they are fetched
 # ahead by hand: lines before their use in a dense stream, lines of the lists that the next row groups of a sparse one will
@@ -62,7 +65,9 @@ class Knobs:
     pieces that the row groups are cut into; ``dense``: every column is stored, without ``ip``; ``lanes``: floats in a
     vector, which may be half a register where whole ones would leave many lanes without a pixel; ``across``: lanes are
     output channels (``across.py``), R of them, and V counts pixels; ``ahead``: cache lines of weights that are fetched
-    ahead of their use; ``aligned``: taps read copies of the source tile, a vector at a time (``aligned.py``)."""
+    ahead of their use; ``aligned``: taps read copies of the source tile, a vector at a time (``aligned.py``); ``unrolled``:
+    nonzeros are straight code (``unrolled.py``), R is the most output channels of a group, and V, which is no longer bounded
+    by registers, how many vectors pass while the code of a group stays in a cache."""
 
     rows: int
     vectors: int
@@ -73,6 +78,7 @@ class Knobs:
     across: bool = False
     ahead: int = CSR_AHEAD
     aligned: bool = False
+    unrolled: bool = False
 
 
 @dataclass(frozen=True)
@@ -106,6 +112,7 @@ class Gemm:
     below: int = 0  # rows of the source that the taps reach below a pixel, in interleaved layouts
     fetch: int = 0  # cache lines of the next tiles' source to fetch in 256 entries; 0: some with each row group
     copies: Copies | None = None  # what is read in place of the source, with aligned knobs
+    code: Code | None = None  # of unrolled knobs
 
     @property
     def slots(self) -> tuple[Slot, ...]:
@@ -241,16 +248,22 @@ class Body(Epilogue):
         self.bias, self.epilogue = split_bias(gemm.epilogue)
         k = row_count(gemm.runs)
         self.src = B.arg("src", B.Buffer((gemm.src.size,), "float32"))
-        self.runs = [Run(i, run, gemm.knobs.dense) for i, run in enumerate(gemm.runs)]
+        self._declare_weights()
         self.cut = B.arg("cut", B.Buffer((len(gemm.runs) * (gemm.knobs.chunks + 1),), "int32"))
         self.band = Band(gemm.slots) if gemm.interleaved else None
         self.mask = None
         if gemm.masked:
-            self.mask = B.arg("mask", B.Buffer((gemm.vectors * self.lanes,), "int32"))
+            self.mask = self._declare_mask()
         channels = range(gemm.epilogue.channels)
         self.consts = {f"c{i}": B.arg(f"c{i}", B.Buffer((k,), "float32")) for i in channels}
         self.tensors = [(s, B.arg(f"t{i + 1}", B.Buffer((s.size,), "float32"))) for i, s in enumerate(gemm.tensors)]
         self.out = B.arg("out", B.Buffer((gemm.dst.size,), "float32"))
+
+    def _declare_weights(self) -> None:
+        self.runs = [Run(i, run, self.gemm.knobs.dense) for i, run in enumerate(self.gemm.runs)]
+
+    def _declare_mask(self) -> Any:
+        return B.arg("mask", B.Buffer((self.gemm.vectors * self.lanes,), "int32"))
 
     def emit(self) -> None:
         chunks, tile_runs = self.gemm.knobs.chunks, self.gemm.tiles()
@@ -378,8 +391,10 @@ def emit(gemm: Gemm) -> Any:
     must be zero.
     """
     from .across import AcrossBody
+    from .unrolled import UnrolledBody
 
+    body = UnrolledBody if gemm.knobs.unrolled else AcrossBody if gemm.knobs.across else Body
     with IRBuilder() as ib, B.prim_func(s_tir=True):
         kernel_attrs()
-        (AcrossBody if gemm.knobs.across else Body)(gemm).emit()
+        body(gemm).emit()
     return finish(ib)

@@ -43,6 +43,14 @@ class Epilogue:
             operands[f"t{j + 1}"] = vector(buffer, at(j + 1, slot), self.lanes, mask)
         return self.epilogue.evaluate(operands, self.lanes)
 
+    def _masked(self, value: Any, q: Any, v: Any) -> Any:
+        """Zero where vector ``v`` of a tile is no pixel."""
+        if self.mask is None:
+            return value
+        index = B.Ramp(q.at(-1) + v * self.lanes, 1, self.lanes)
+        zero = broadcast(B.float32(0), self.lanes)
+        return B.Select(self.mask[index] != B.Broadcast(B.int32(0), self.lanes), value, zero)
+
     def _finish(self, row: Any, q: Any, outs: Any, get: Any, rows: int, vectors: int, edges: Any, total: int) -> None:
         """``get(i, v)``: the accumulators, which go to ``outs[i][v]``; the zeros around the pixels come with the first and
         the last tile."""
@@ -50,12 +58,7 @@ class Epilogue:
 
         def result(value: Any, i: Any, v: Any) -> Any:
             at = lambda j, slot: slot.base + (row + i) * slot.layout.c_pitch + q.at(j) + v * q.step(slot)
-            value = self._value(value, row + i, at)
-            if self.mask is None:
-                return value
-            index = B.Ramp(q.at(-1) + v * self.lanes, 1, self.lanes)
-            zero = broadcast(B.float32(0), self.lanes)
-            return B.Select(self.mask[index] != B.Broadcast(B.int32(0), self.lanes), value, zero)
+            return self._masked(self._value(value, row + i, at), q, v)
 
         if in_a_loop(self.epilogue, rows * vectors) and not streams(stored):
             for i in range(rows):

@@ -275,24 +275,26 @@ def heights(rows: int, total: int, lanes: int, target: CpuTarget) -> tuple[int, 
 @dataclass(frozen=True)
 class ConvSpace:
     """Legal knobs of one gather GEMM. ``tiles``: (rows, lanes, vectors) that fit the registers; ``blocks``: channel
-    blocks that differ in their number; ``start``: the default, which is always a member; ``aligned``: those that read
-    aligned copies."""
+    blocks that differ in their number; ``start``: the default, which is always a member; ``looped``: that of kernels that
+    loop over columns; ``aligned``: those that read aligned copies; ``unrolled``: straight code."""
 
     start: Knobs
+    looped: Knobs
     tiles: tuple[tuple[int, int, int], ...]
     blocks: tuple[int, ...]
     chunks: tuple[int, ...]
     ahead: tuple[int, ...]
     aligned: tuple[Knobs, ...] = ()
+    unrolled: tuple[Knobs, ...] = ()
 
     def __iter__(self) -> Iterator[Knobs]:
-        seen = {self.start}
-        yield self.start
+        seen = {self.start, *self.unrolled}
+        yield from dict.fromkeys((self.start, *self.unrolled))
         yield from self.aligned
         for tile, block, chunks, ahead in itertools.product(self.tiles, self.blocks, self.chunks, self.ahead):
             rows, lanes, vectors = tile
             knobs = dataclasses.replace(
-                self.start, rows=rows, lanes=lanes, vectors=vectors, channel_block=block, chunks=chunks, ahead=ahead
+                self.looped, rows=rows, lanes=lanes, vectors=vectors, channel_block=block, chunks=chunks, ahead=ahead
             )
             if knobs not in seen:
                 seen.add(knobs)
@@ -336,7 +338,7 @@ def conv_space(
         swapped = tuple(
             (r, start.lanes, p) for r in ACROSS_ROWS for p in sorted(widths) if across_fits(r, p, per_group)
         )
-        return ConvSpace(start, swapped, (cg,), (start.chunks,), (start.ahead,))
+        return ConvSpace(start, start, swapped, (cg,), (start.chunks,), (start.ahead,))
     rows = DENSE_ROWS if start.dense else ()
     legal = [r for r in rows if r <= per_group and (wl.groups == 1 or per_group % r == 0)]
     tiles = tuple(
@@ -356,4 +358,4 @@ def conv_space(
         )
         if v * lanes >= ALIGNED_SHORTEST and copies_fit(knobs, copies(v, lanes), target):
             aligned.append(dataclasses.replace(knobs, chunks=aligned_chunks(knobs, positions, wl.k // r, threads)))
-    return ConvSpace(start, tiles, (cg,) if start.dense else blocks, chunks, AHEAD[start.dense], tuple(aligned))
+    return ConvSpace(start, start, tiles, (cg,) if start.dense else blocks, chunks, AHEAD[start.dense], tuple(aligned))

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from ..layout import Halo, Space, interleaved, plane
 from ..target import CpuTarget
 from ..workload import ConvWorkload, DenseWorkload
-from . import conv2d, dense, fc_knobs, gather_gemm, sell, winograd
+from . import conv2d, dense, fc_knobs, gather_gemm, sell, unrolled_knobs, winograd
 from . import knobs as model
 from . import winograd_conv2d as wino
 from .aligned import Copies
@@ -166,17 +166,36 @@ class ConvSite(PlacedSite):
         return f"{self.kernel}_conv2d"
 
     def default(self, target: CpuTarget) -> Knobs:
+        looped = self.looped(target)
+        if self.kernel != "csr":
+            return looped
+        taps = conv2d.taps(self.workload, interleaved=self.dst.layout.interleave > 1)
+        return unrolled_knobs.default(
+            self.workload, looped, self.src, self.dst, target, taps, self.stored, len(self.calls())
+        )
+
+    def looped(self, target: CpuTarget) -> Knobs:
+        """The default of kernels that loop over columns."""
         rows = 8 if self.kernel == "dense" else self.rows
         return conv2d.default_knobs(
             self.workload, rows, self.kernel == "dense", self.src, self.dst, target, self.stored
         )
 
     def space(self, target: CpuTarget, threads: int = 1) -> ConvSpace:
-        return model.conv_space(self.workload, self.dst, self.default(target), target, threads, self.copies)
+        loops = model.conv_space(self.workload, self.dst, self.looped(target), target, threads, self.copies)
+        if self.kernel != "csr":
+            return loops
+        straight = unrolled_knobs.space(self.workload, self.dst, target)
+        return dataclasses.replace(loops, start=self.default(target), unrolled=straight)
 
     def adapt(self, knobs: Any, target: CpuTarget, threads: int = 1) -> Knobs | None:
         assert isinstance(knobs, Knobs)
-        wl, default = self.workload, self.default(target)
+        wl, default = self.workload, self.looped(target)
+        if knobs.unrolled:
+            if self.kernel != "csr" or not unrolled_knobs.serves(self.dst, target):
+                return None
+            fitting = dataclasses.replace(knobs, vectors=unrolled_knobs.even(knobs.vectors, self.dst))
+            return dataclasses.replace(fitting, chunks=unrolled_knobs.pieces(wl, fitting, self.dst))
         knobs = dataclasses.replace(knobs, chunks=default.chunks)
         if (knobs.dense, knobs.across) != (default.dense, default.across):
             return None
@@ -208,8 +227,9 @@ class ConvSite(PlacedSite):
             epilogue=self.epilogue, tensors=self.tensors, channels=self.channels,
         )  # fmt: skip
         gemm = kernel.gemm
-        fmt = "dense" if knobs.dense else "csr" if knobs.rows == 1 else "bsr"
-        name = f"f32_{fmt}_{self.op}_{knobs.rows}x{knobs.vectors * knobs.lanes}_{target.isa}"
+        fmt = "dense" if knobs.dense else "csr" if knobs.rows == 1 or knobs.unrolled else "bsr"
+        form = "unrolled_" if knobs.unrolled else ""
+        name = f"f32_{fmt}_{self.op}_{form}{knobs.rows}x{knobs.vectors * knobs.lanes}_{target.isa}"
         return Built(name, gemm, kernel.constants, kernel.stored_bytes, lambda: gather_gemm.emit(gemm))
 
 
@@ -297,7 +317,7 @@ class WinogradSite(PlacedSite):
 
 # ---- versions ----------------------------------------------------------------------------------------------------
 
-LATER = ("aligned",)  # knobs that came after records: those of kernels without them stay valid
+LATER = ("aligned", "unrolled")  # knobs that came after records: those of kernels without them stay valid
 
 
 @cache
@@ -346,4 +366,8 @@ def _samples(kernel: str, op: str, target: CpuTarget) -> list[tuple[Site, dict[s
         (conv, {}),
         (conv, {} if kernel == "dense" else {"channel_block": 2}),
     ]
-    return samples + ([(conv, {"channel_block": 2, "aligned": True})] if kernel == "csr" else [])
+    if kernel == "csr":
+        samples.append((conv, {"channel_block": 2, "aligned": True}))
+        straight = unrolled_knobs.space(wl, slots[1], target)
+        samples += [(conv, dataclasses.asdict(k)) for k in straight[:1]]
+    return samples
