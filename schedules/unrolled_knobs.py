@@ -30,6 +30,7 @@ STORE = 3.0  # cycles to start, finish and store a sum
 CALL = 30.0  # cycles to enter the code of a group
 L3_RATE, MEMORY_RATE = 16.0, 8.0  # bytes of code and weights a cycle
 L2_SHARE = 0.6  # of L2, for code and weights
+WORTH = 1.06  # what must be gained for twice as many bytes
 USUAL, ELSE = 8, 0.01  # vectors of a tile that serve most layers; what others must gain for each factor of two
 
 
@@ -90,7 +91,7 @@ def default(
     """``looped``, the knobs of the kernel that loops over offsets, or knobs of straight code if that is expected to be
     faster."""
     rows = dst.layout.n // dst.layout.interleave * dst.layout.h if dst.layout.interleave > 1 else 1
-    best = cycles(wl, looped, src, dst, target, taps, stored) * wl.k / looped.rows * rows
+    best = cycles(wl, looped, src, dst, target, taps, stored) * wl.k / looped.rows * rows / WORTH
     chosen = looped
     for knobs in space(wl, dst, target):
         cost = layer_cycles(wl, knobs, src, dst, target, taps, stored, calls)
