@@ -28,7 +28,8 @@ Loops (one code variant for each run of row groups and for full and last tiles):
 Measured on Zen 4, one thread, share of the practical peak of 118 GFLOP/s on the multiply-adds done: dense 0.89-0.97 (small
 planes go to ``across.py``), 4x1 blocks at 90% 0.75-0.95, CSR at 90% 0.38-0.52; interleaved dense 0.94-0.98, 4x1 blocks
 0.85-0.95, CSR 0.45-0.60. CSR makes one load for each multiply-add: 3x3 taps cross cache lines unless images are interleaved,
-which allows 0.55-0.67 of the peak, and the tile of a 1x1 with many channels comes from L2, which allows 0.45-0.48.
+which allows 0.55-0.67 of the peak, and the tile of a 1x1 with many channels comes from L2, which allows 0.45-0.48. So
+unstructured layers are straight code on AVX-512 where that pays (``unrolled.py``).
 """
 
 from __future__ import annotations

@@ -167,12 +167,19 @@ class ConvSite(PlacedSite):
 
     def default(self, target: CpuTarget) -> Knobs:
         looped = self.looped(target)
-        if self.kernel != "csr":
-            return looped
+        straight = unrolled_knobs.space(self.workload, self.dst, target) if self.kernel == "csr" else ()
+        return unrolled_knobs.choose(looped, straight, lambda knobs: self.cycles(knobs, target))
+
+    def cycles(self, knobs: Knobs, target: CpuTarget) -> float:
+        """What the model expects of the layer."""
         taps = conv2d.taps(self.workload, interleaved=self.dst.layout.interleave > 1)
-        return unrolled_knobs.default(
-            self.workload, looped, self.src, self.dst, target, taps, self.stored, len(self.calls())
-        )
+        common: Any = (self.workload, knobs, self.src, self.dst, target, taps, self.stored)
+        if knobs.unrolled:
+            return unrolled_knobs.cycles(*common, len(self.calls()))
+        lay = self.dst.layout
+        rows = lay.n // lay.interleave * lay.h if lay.interleave > 1 else 1
+        copied = self.copies(knobs.vectors, knobs.lanes) if knobs.aligned else None
+        return model.cycles(*common, copies=copied) * self.workload.k / knobs.rows * rows
 
     def looped(self, target: CpuTarget) -> Knobs:
         """The default of kernels that loop over columns."""

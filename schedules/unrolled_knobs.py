@@ -3,8 +3,7 @@
 The model counts cycles of a layer. A vector of positions takes a multiply-add for each nonzero and loads that share the two
 load ports with their weights; starting, clipping and storing sums come on top. The code, 7 bytes a nonzero and as many or 10 a
 load, and the weights are read again for each tile: from L1 or L2 while they fit there, else from L3, and once a call from
-behind that, which no prefetcher of instructions hides. So layers of many nonzeros and few pixels keep to the loop over
-offsets.
+behind that. So layers of many nonzeros and few pixels keep to the loop over offsets, which reads 8 bytes a nonzero.
 
 Constants were fitted on Zen 4 to the layers of ResNet-50 with 90% zeros, at batch 1 and 16, in the network.
 """
@@ -13,14 +12,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ..formats.unrolled import MOST_ROWS
 from ..layout import LINE
 from ..target import CpuTarget
 from ..workload import ConvWorkload
 from .gather_gemm import Knobs
-from .knobs import BAND_PIECES, Tap, cycles, footprint
+from .knobs import BAND_PIECES, Tap, footprint
 from .pointwise import Slot
 
 CODE = (7.0, 8.5)  # bytes of a multiply-add, and of a load
@@ -62,7 +61,7 @@ def _vectors(dst: Slot) -> int:
     return dst.layout.w if dst.layout.interleave > 1 else -(-dst.layout.positions // LINE)
 
 
-def layer_cycles(
+def cycles(
     wl: ConvWorkload, knobs: Knobs, src: Slot, dst: Slot, target: CpuTarget, taps: Sequence[Tap], stored: float, calls: int
 ) -> float:
     """The model's cycles for a layer that ``calls`` calls compute, of which ``stored`` of the weights are not zero."""
@@ -85,20 +84,14 @@ def layer_cycles(
     return rows * total * vector + again + calls * read / MEMORY_RATE
 
 
-def default(
-    wl: ConvWorkload, looped: Knobs, src: Slot, dst: Slot, target: CpuTarget, taps: Sequence[Tap], stored: float, calls: int
-) -> Knobs:
-    """``looped``, the knobs of the kernel that loops over offsets, or knobs of straight code if that is expected to be
-    faster."""
-    rows = dst.layout.n // dst.layout.interleave * dst.layout.h if dst.layout.interleave > 1 else 1
-    best = cycles(wl, looped, src, dst, target, taps, stored) * wl.k / looped.rows * rows / WORTH
-    chosen = looped
-    for knobs in space(wl, dst, target):
-        cost = layer_cycles(wl, knobs, src, dst, target, taps, stored, calls)
-        cost *= 1 + ELSE * abs(math.log2(knobs.vectors / USUAL))
-        if cost < best:
-            best, chosen = cost, knobs
-    return chosen
+def choose(looped: Knobs, straight: Sequence[Knobs], cost: Callable[[Knobs], float]) -> Knobs:
+    """``looped``, knobs of the kernel that loops over offsets, or the best of ``straight`` if it gains enough by ``cost``."""
+
+    def weighed(knobs: Knobs) -> float:
+        return cost(knobs) * (1 + ELSE * abs(math.log2(knobs.vectors / USUAL)))
+
+    best = min(straight, key=weighed, default=looped)
+    return best if best.unrolled and weighed(best) * WORTH < cost(looped) else looped
 
 
 def pieces(wl: ConvWorkload, knobs: Knobs, dst: Slot) -> int:

@@ -1,9 +1,11 @@
 """Measures the table of ``calibration.py``: every kernel on a grid of shapes and densities, and the machine's rates.
 
 A sample is a single call as in the middle of a network: the input has just been written, the weights have left the caches
-since the last run. With warm weights, fully connected layers would look dense that are bound by memory in every network
-which does not fit the cache as a whole (AlexNet's last layer: 9% of the network). Layers of interleaved images run band
-after band instead (``relay_passes/bands.py``): there, a sample is a call that follows another one of the same kernel.
+since the last run. Those of fully connected layers have left all of them: with warm weights such layers would look dense
+that are bound by memory in every network which does not fit the cache as a whole (AlexNet's last layer: 9% of the network).
+Those of convolutions, few beside their work, have left the second level, as when the tuner measures. Layers of interleaved
+images run band after band instead (``relay_passes/bands.py``): there, a sample is a call that follows another one of the
+same kernel.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from .worker import Bench, Candidate, Here, Options
 Workload = ConvWorkload | DenseWorkload
 BIAS_RELU = Program((Instr("add", ("t0", "c0")), Instr("nn.relu", ("v0",))), 1, 1)
 DENSITIES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 1.0)
-EVICTED = 64 << 20  # bytes read between two calls
+EVICTED = 64 << 20  # bytes read between two calls of fully connected layers
 SIZES = (1 << 18, 1 << 22, 1 << 24, 1 << 26, 1 << 28)  # bytes that are read
 
 
@@ -241,20 +243,18 @@ def _shape_of(points: Sequence[Point]) -> Workload:
     return workload
 
 
-def _samples(runner: Here, kernels: Sequence[Candidate], rounds: int, again: bool) -> list[list[float]]:
-    """Seconds of one call of each kernel in each of ``rounds``, the input in the cache and the weights not; ``again``: what
-    the last call used is there."""
-    evict = np.ones(EVICTED // 4, np.float32)
+def _samples(runner: Here, kernels: Sequence[Candidate], rounds: int, cold: Any) -> list[list[float]]:
+    """Seconds of one call of each kernel in each of ``rounds``, the input in the cache. ``cold``: an array that is read after
+    another call of the same kernel; None: what that used is there."""
     samples: list[list[float]] = [[] for _ in kernels]
     with runner.alone():
         for kernel in kernels:
             runner.sample(kernel, warm=True)
         for _ in range(rounds):
             for mine, kernel in zip(samples, kernels, strict=True):
-                if again:
-                    runner.sample(kernel, warm=True)
-                else:
-                    evict.sum()
+                runner.sample(kernel, warm=True)
+                if cold is not None:
+                    cold.sum()
                     kernel.calls[0][0][0].numpy()
                 mine.append(runner.sample(kernel, warm=True))
     return samples
@@ -278,7 +278,9 @@ def _shape(
         bench.build(0, layer.default(target))
         found.append((case, density, bench.kernels[0].name, bench))
     step(f"{workload}: measure")
-    samples = _samples(runner, [bench.kernels[0] for *_, bench in found], rounds, all_cases[0].interleave > 1)
+    streams = isinstance(workload, DenseWorkload)
+    cold = np.ones(EVICTED // 4, np.float32) if streams else runner.cold if all_cases[0].interleave == 1 else None
+    samples = _samples(runner, [bench.kernels[0] for *_, bench in found], rounds, cold)
     medians = [statistics.median(s) for s in samples]
     points = []
     for i, (case, density, name, _) in enumerate(found):

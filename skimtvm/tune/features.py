@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..schedules import conv2d
-from ..schedules.knobs import cycles, footprint
+from ..schedules.knobs import footprint
 from ..schedules.sites import AnyKnobs, FcSite, WinogradSite
 from ..schedules.winograd_conv2d import tile_count
 from .tasks import Task
@@ -22,7 +22,7 @@ NAMES = (
     "output channels", "positions", "weight bytes / L2", "rows", "vectors", "lanes", "tile width", "tiles",
     "share of lanes used", "channel blocks", "entries a visit", "footprint / L1", "footprint / L2",
     "footprint / that of the default", "ahead", "window", "aligned", "copied lines / multiply-adds",
-    "model cycles / those of the default",
+    "model cycles / those of the default", "straight code",
 )  # fmt: skip
 
 
@@ -39,7 +39,7 @@ def features(task: Task, candidates: Sequence[AnyKnobs]) -> F32:
 def _fc(task: Task, site: Any, imbalance: float, weights: float, candidates: Sequence[Any]) -> list[list[float]]:
     wl, s = site.workload, task.sparsity
     head = [1, 1, s.density, s.row_mean, imbalance, 1, wl.k, wl.n, wl.m, weights]
-    return [[*head, 1, k.vectors, 1, 1, 1, 1, 1, s.row_mean, 1, 1, 1, k.ahead, k.window, 0, 0, 1] for k in candidates]
+    return [[*head, 1, k.vectors, 1, 1, 1, 1, 1, s.row_mean, 1, 1, 1, k.ahead, k.window, 0, 0, 1, 0] for k in candidates]
 
 
 def _conv(task: Task, site: Any, imbalance: float, weights: float, candidates: Sequence[Any]) -> list[list[float]]:
@@ -47,8 +47,7 @@ def _conv(task: Task, site: Any, imbalance: float, weights: float, candidates: S
     conv, taps = site.workload, conv2d.taps(site.workload, interleaved=site.dst.layout.interleave > 1)
     cg, positions = conv.c // conv.groups, site.dst.layout.positions
     head = [0, site.rows, s.stored, s.row_mean, imbalance, len(taps), cg, conv.k, positions, weights]
-    base = footprint(conv, default, site.src, taps)
-    slow = cycles(conv, default, site.src, site.dst, target, taps, s.stored)
+    base, slow = footprint(conv, default, site.src, taps), site.cycles(default, target)
     rows: list[list[float]] = []
     for k in candidates:
         blocks = -(-cg // k.channel_block)
@@ -56,12 +55,11 @@ def _conv(task: Task, site: Any, imbalance: float, weights: float, candidates: S
         tiles = -(-total // k.vectors)
         copies = site.copies(k.vectors, k.lanes) if k.aligned else None
         bytes_ = footprint(conv, k, site.src, taps, copies)
-        cost = cycles(conv, k, site.src, site.dst, target, taps, s.stored, copies=copies) / k.rows
         copied = copies.floats(cg) / 16 * k.chunks / (s.nnz * k.vectors * k.lanes / 16) if copies and s.nnz else 0
         rows.append([
             *head, k.rows, k.vectors, k.lanes, k.vectors * k.lanes, tiles, min(1.0, total / (tiles * k.vectors)),
             blocks, s.row_mean / blocks, bytes_ / target.l1_bytes, bytes_ / target.l2_bytes, bytes_ / base, k.ahead, 1,
-            k.aligned, copied, cost / slow * default.rows,
+            k.aligned, copied, site.cycles(k, target) / slow, k.unrolled,
         ])  # fmt: skip
     return rows
 
@@ -93,6 +91,6 @@ def _winograd(task: Task, site: Any, imbalance: float, weights: float, candidate
         rows.append([
             *head, k.rows, k.together, k.lanes, k.vectors * k.lanes, tiles, min(1.0, total / (tiles * k.vectors)),
             -(-wl.k // wl.groups // k.channel_block), visit, slice_ / target.l1_bytes, 4 * floats(k) / target.l2_bytes,
-            floats(k) / floats(default), k.segment, k.unroll, 0, 0, cost(k) / cost(default),
+            floats(k) / floats(default), k.segment, k.unroll, 0, 0, cost(k) / cost(default), 0,
         ])  # fmt: skip
     return rows

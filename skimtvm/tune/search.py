@@ -43,7 +43,7 @@ def _kind(knobs: AnyKnobs) -> object:
     """What candidates have in common that run at similar speed."""
     if isinstance(knobs, WinogradKnobs):
         return knobs.rows, knobs.vectors, knobs.together, knobs.segment
-    return (knobs.vectors, knobs.lanes, knobs.aligned) if isinstance(knobs, Knobs) else (knobs.window, knobs.ahead)
+    return (knobs.vectors, knobs.lanes, knobs.aligned, knobs.unrolled) if isinstance(knobs, Knobs) else (knobs.window, knobs.ahead)
 
 
 def _nearest(knobs: AnyKnobs, space: Sequence[AnyKnobs]) -> AnyKnobs | None:
@@ -60,7 +60,7 @@ def _nearest(knobs: AnyKnobs, space: Sequence[AnyKnobs]) -> AnyKnobs | None:
         ratios = (theirs[name] / mine[name] for name in ("vectors", "channel_block"))
         return sum(abs(math.log2(r)) for r in ratios) + 0.1 * sum(theirs[name] != mine[name] for name in mine)
 
-    fixed = ("rows", "lanes", "aligned") if isinstance(knobs, Knobs) else ("rows", "lanes")
+    fixed = ("rows", "lanes", "aligned", "unrolled") if isinstance(knobs, Knobs) else ("rows", "lanes")
     same = [k for k in space if type(k) is type(knobs) and all(getattr(k, f) == getattr(knobs, f) for f in fixed)]
     return min(same, key=apart, default=None)
 

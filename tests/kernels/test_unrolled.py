@@ -9,17 +9,81 @@ from typing import Any
 import numpy as np
 import pytest
 
-from skimtvm.formats.unrolled import MOST_ROWS, REBASE, cut_rows, encode
+from skimtvm.formats.unrolled import MOST_ROWS, cut_rows, encode
 from skimtvm.layout import Halo
+from skimtvm.ops.packing import unpack
 from skimtvm.schedules.pointwise import Instr, Program
 from skimtvm.schedules.unrolled import fused
 from skimtvm.target import TARGETS
-from skimtvm.workload import ConvWorkload
 
-from .test_gather_gemm import BIAS_ADD_RELU, BIAS_RELU, BIAS_TANH_ADD, FORMATS, WORKLOADS, W, check, make
+from ..tune.samples import conv_site
+from .helpers import conv_reference, gamma, gaps
+from .test_gather_gemm import BIAS_ADD_RELU, BIAS_RELU, BIAS_TANH_ADD, WORKLOADS, W, check, make
+from .test_interleaved import WORKLOADS as INTERLEAVED
+from .test_interleaved import check as check_interleaved
+from .test_interleaved import streams
 
-ZEN4 = TARGETS["znver4"]
-UNROLLED = {"unrolled": True, "rows": MOST_ROWS, "lanes": 16, "aligned": False}
+ZEN4, AVX2 = TARGETS["znver4"], TARGETS["haswell"]
+UNROLLED: dict[str, Any] = {"unrolled": True, "rows": MOST_ROWS, "lanes": 16, "aligned": False}
+BIAS_CLIP = Program((Instr("add", ("t0", "c0")), Instr("clip", ("v0", "s0", "s1"))), 1, 1, scalars=(-0.25, 1.5))
+
+
+def run(code: bytes) -> list[tuple[int, int, int]]:
+    """(sum, bytes from the source, weight) of each multiply-add: the instructions that the format documents, and no others."""
+    at = rdi = 0
+    rsi, register, done = 512, dict[int, int](), []
+    number = lambda i: int.from_bytes(code[i : i + 4], "little", signed=True)
+    byte = lambda i: code[i] - 256 * (code[i] > 127)
+    while at < len(code):
+        if code[at] == 0x48:
+            if code[at + 2] == 0xC7:
+                rdi += number(at + 3)
+            else:
+                assert code[at + 2] == 0xC6
+                rsi += number(at + 3)
+            at += 7
+        elif code[at : at + 4] == b"\x41\x0f\x18\x93":
+            at += 8
+        else:
+            assert code[at] == 0x62
+            p1, p2, p3, opcode, modrm = code[at + 1 : at + 6]
+            to = (modrm >> 3 & 7) | (~p1 >> 7 & 1) << 3 | (~p1 >> 4 & 1) << 4
+            if opcode == 0x10:
+                short = modrm >> 6 == 1
+                register[to] = rdi + (64 * byte(at + 6) if short else number(at + 6))
+                at += 7 if short else 10
+            else:
+                assert opcode == 0xB8
+                source = (~p2 >> 3 & 15) | (~p3 >> 3 & 1) << 4
+                done.append((to, register[source], (rsi + 4 * byte(at + 6)) // 4))
+                at += 7
+    return done
+
+
+@pytest.mark.parametrize("apart", [16, 37])
+@pytest.mark.parametrize("density", [0.0, 0.02, 0.3, 1.0])
+def test_the_code_of_a_group_is_its_nonzeros(density: float, apart: int) -> None:
+    """Short and long displacements, new bases, more than 256 weights."""
+    rng = np.random.default_rng(3)
+    weight = (rng.standard_normal((67, 900)) * (rng.random((67, 900)) < density)).astype(np.float32)
+    address = (rng.permutation(900) * apart - 4000).astype(np.int32)
+    code = encode(weight, address, runs=3)
+    column = {int(a) * 4: i for i, a in enumerate(address)}
+    assert list(code.rows) == [0, 22, 44, 67] and code.data.size == np.count_nonzero(weight)
+    got = np.zeros_like(weight)
+    for first, start, body in zip(code.rows, code.starts, code.code, strict=False):
+        done = run(body)
+        assert len({d[2] for d in done}) == len(done)
+        for row, where, entry in done:
+            got[first + row, column[where]] = code.data[start + entry]
+    np.testing.assert_array_equal(got, weight)
+    assert sum(map(len, code.code)) <= 7 * code.data.size + 10.5 * code.loads.sum() + 8 * sum(code.shares) + 200
+    loads = [np.count_nonzero(weight[a:b].any(axis=0)) for a, b in zip(code.rows, code.rows[1:], strict=False)]
+    assert list(code.loads) == loads, "one load a column and group"
+
+
+def test_rows_are_cut_evenly() -> None:
+    assert list(cut_rows(64)) == [0, 21, 42, 64] and list(cut_rows(30)) == [0, 30] and list(cut_rows(1)) == [0, 1]
 
 
 @pytest.mark.parametrize("fmt", ["csr", "csr-full", "csr-empty"])
@@ -28,12 +92,90 @@ def test_matches_float64(name: str, fmt: str) -> None:
     check(make(WORKLOADS[name], ZEN4, fmt, residual=WORKLOADS[name].k > 8, vectors=3, **UNROLLED))
 
 
+@pytest.mark.parametrize("fmt", ["csr", "csr-full", "csr-empty"])
+@pytest.mark.parametrize("name", INTERLEAVED)
+def test_interleaved_matches_float64(name: str, fmt: str) -> None:
+    check_interleaved(INTERLEAVED[name], fmt, ZEN4, vectors=3, residual=fmt == "csr", **UNROLLED)
+
+
+def test_stores_past_the_caches() -> None:
+    wl = W(16, 5, 9, 7, 3, p=1)
+    for streamed in (False, True):
+        assert streams(check_interleaved(wl, "csr", ZEN4, streamed=streamed, vectors=4, **UNROLLED)) == streamed
+
+
 @pytest.mark.parametrize("rows", [1, 3, 30])
 @pytest.mark.parametrize("chunks", [1, 3])
 @pytest.mark.parametrize("vectors", [1, 2, 100])
 def test_groups_chunks_and_tiles_change_nothing(rows: int, chunks: int, vectors: int) -> None:
-    check(make(W(1, 40, 12, 33, 3, p=1), ZEN4, "csr", **UNROLLED | {"rows": rows, "chunks": chunks, "vectors": vectors}))
+    knobs = UNROLLED | {"rows": rows, "chunks": chunks, "vectors": vectors}
+    check(make(W(1, 40, 12, 33, 3, p=1), ZEN4, "csr", **knobs))
 
 
 def test_without_padding_behind() -> None:
     check(make(WORKLOADS["same3x3"], ZEN4, "csr", out_halo=Halo(), vectors=2, **UNROLLED))
+
+
+@pytest.mark.parametrize("epilogue", [BIAS_TANH_ADD, BIAS_CLIP, Program()], ids=["long", "clip", "none"])
+@pytest.mark.parametrize("name", ["same3x3", "batch2-k17", "wide"])
+def test_epilogues(name: str, epilogue: Program) -> None:
+    """What the code does not do itself runs on what it stored; both leave zeros around the pixels."""
+    wl, long = WORKLOADS[name], epilogue is BIAS_TANH_ADD
+    case = make(wl, ZEN4, "csr", residual=long, epilogue=epilogue, vectors=2, **UNROLLED)
+    if not epilogue.channels:
+        case.args.pop(-2)  # the bias
+        case.bias[:] = 0
+    flat = case.run()
+    total = conv_reference(wl, case.x, case.w) + case.bias[:, None, None]
+    expected = np.tanh(total) + case.residual if long else np.clip(total, -0.25, 1.5) if epilogue.channels else total
+    scale = conv_reference(wl, np.abs(case.x), np.abs(case.w)) + np.abs(case.bias)[:, None, None]
+    error = np.abs(unpack(flat, case.dst) - expected)
+    assert (error <= gamma(wl.row_length) * scale + 4e-7 * (1 + np.abs(expected)) * long + 1e-30).all(), error.max()
+    assert not gaps(flat, case.dst).any() and np.isnan(flat[case.dst.c * case.dst.c_pitch :]).all()
+
+
+def test_what_the_code_does_itself() -> None:
+    assert fused(BIAS_RELU) == (("max", 0.0, 0.0),) and fused(Program()) == ()
+    assert fused(BIAS_ADD_RELU) == (("residual", 0.0, 0.0), ("max", 0.0, 0.0))
+    assert fused(BIAS_CLIP) == (("clip", -0.25, 1.5),)
+    double = Program((Instr("add", ("t0", "t0")),), 1, 0)
+    two = Program((Instr("add", ("t0", "t1")), Instr("add", ("v0", "t1"))), 2, 0)
+    assert fused(BIAS_TANH_ADD) is fused(double) is fused(two) is None
+
+
+def test_a_nan_becomes_what_the_other_kernels_make_of_it() -> None:
+    wl = WORKLOADS["same3x3"]
+    results = []
+    for knobs in ({}, UNROLLED | {"vectors": 2}):
+        case = make(wl, ZEN4, "csr-full", **knobs)
+        case.args[0].numpy()
+        x = case.args[0].numpy().copy()
+        x[np.flatnonzero(x == case.x[0, 2, 4, 4])] = np.nan
+        case.args[0].copyfrom(x)
+        results.append(unpack(case.run(), case.dst))
+    np.testing.assert_array_equal(results[0] == 0, results[1] == 0)
+    assert np.isfinite(results[0]).all() and np.isfinite(results[1]).all()
+
+
+def test_hot_code_is_inline_and_shared_code_stands_once() -> None:
+    case = make(W(1, 32, 28, 40, 3, p=1), ZEN4, "csr", residual=True, **UNROLLED)
+    asm = case.executable.mod.inspect_source("asm")
+    names = re.findall(r"^(skimtvm_rows_[0-9a-f]{16}):", asm, re.M)
+    assert len(names) == 1 and asm.count(f"{names[0]}@PLT") + asm.count(f"callq\t{names[0]}") >= 1
+    assert not re.findall(r"vmov[au]ps\s+%zmm\d+, -?\d*\(%r[sb]p\)", asm), "sums are stored to the output only"
+    gemm = case.kernel.gemm
+    assert gemm.code is not None and gemm.code.groups == 2 and ".ifndef" in gemm.code.text
+    again = make(W(1, 32, 28, 40, 3, p=1), ZEN4, "csr", residual=True, **UNROLLED).kernel.gemm
+    assert again == gemm and hash(again) == hash(gemm)
+
+
+def test_who_takes_straight_code() -> None:
+    """Unstructured layers with enough pixels for their weights, on AVX-512."""
+    body = conv_site(c=64, size=28, k=64, density=0.1)
+    assert body.default(ZEN4).unrolled and not body.default(AVX2).unrolled
+    assert not any(k.unrolled for k in body.space(AVX2)) and any(k.unrolled for k in body.space(ZEN4))
+    assert not conv_site(c=64, size=28, k=64, density=0.1, kernel="bsr4", rows=4).default(ZEN4).unrolled
+    few = conv_site(c=1024, size=1, k=1024, density=0.1)
+    assert not few.default(ZEN4).unrolled, "code for one vector would be read for nothing"
+    tall = dataclasses.replace(body.default(ZEN4), vectors=7)
+    assert body.adapt(tall, ZEN4).vectors == 7 and body.adapt(tall, AVX2) is None

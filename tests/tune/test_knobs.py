@@ -58,6 +58,9 @@ def test_conv_spaces_are_legal(name: str, cpu: str) -> None:
         if x.across:
             assert name == "dense" and x.rows // 16 * x.vectors < target.registers - 4
             continue
+        if x.unrolled:
+            assert name in ("csr", "wide") and cpu == "znver4" and x.rows <= 30 and not x.aligned and x.lanes == 16
+            continue
         assert x.rows * x.vectors < target.registers and x.vectors * x.lanes * 4 < 1024
         assert 1 <= x.channel_block <= cg and x.dense == (site.kernel == "dense")
         assert not x.aligned or (name in ("csr", "wide") and x.vectors * x.lanes >= k.ALIGNED_SHORTEST)
@@ -139,7 +142,7 @@ def test_the_tallest_tiles_do_not_spill(name: str, cpu: str) -> None:
     tallest: dict[tuple[int, int, bool], k.Knobs] = {}
     for x in site.space(target):
         assert isinstance(x, k.Knobs)
-        if x.ahead and x.channel_block == site.workload.c:  # type: ignore[union-attr]
+        if not x.unrolled and x.ahead and x.channel_block == site.workload.c:  # type: ignore[union-attr]
             old = tallest.get((x.rows, x.lanes, x.aligned))
             tallest[x.rows, x.lanes, x.aligned] = max(old or x, x, key=lambda y: y.vectors)
     for x in tallest.values():
