@@ -167,19 +167,18 @@ class ConvSite(PlacedSite):
 
     def default(self, target: CpuTarget) -> Knobs:
         looped = self.looped(target)
-        straight = unrolled_knobs.space(self.workload, self.dst, target) if self.kernel == "csr" else ()
+        straight = unrolled_knobs.space(self.workload, self.src, self.dst, target) if self.kernel == "csr" else ()
         return unrolled_knobs.choose(looped, straight, lambda knobs: self.cycles(knobs, target))
 
     def cycles(self, knobs: Knobs, target: CpuTarget) -> float:
         """What the model expects of the layer."""
         taps = conv2d.taps(self.workload, interleaved=self.dst.layout.interleave > 1)
-        common: Any = (self.workload, knobs, self.src, self.dst, target, taps, self.stored)
+        wl, src, dst, stored = self.workload, self.src, self.dst, self.stored
         if knobs.unrolled:
-            return unrolled_knobs.cycles(*common, len(self.calls()))
-        lay = self.dst.layout
-        rows = lay.n // lay.interleave * lay.h if lay.interleave > 1 else 1
+            return unrolled_knobs.cycles(wl, knobs, src, dst, target, taps, stored, len(self.calls()))
+        rows = dst.layout.n // dst.layout.interleave * dst.layout.h if dst.layout.interleave > 1 else 1
         copied = self.copies(knobs.vectors, knobs.lanes) if knobs.aligned else None
-        return model.cycles(*common, copies=copied) * self.workload.k / knobs.rows * rows
+        return model.cycles(wl, knobs, src, dst, target, taps, stored, copies=copied) * wl.k / knobs.rows * rows
 
     def looped(self, target: CpuTarget) -> Knobs:
         """The default of kernels that loop over columns."""
@@ -192,17 +191,14 @@ class ConvSite(PlacedSite):
         loops = model.conv_space(self.workload, self.dst, self.looped(target), target, threads, self.copies)
         if self.kernel != "csr":
             return loops
-        straight = unrolled_knobs.space(self.workload, self.dst, target)
+        straight = unrolled_knobs.space(self.workload, self.src, self.dst, target)
         return dataclasses.replace(loops, start=self.default(target), unrolled=straight)
 
     def adapt(self, knobs: Any, target: CpuTarget, threads: int = 1) -> Knobs | None:
         assert isinstance(knobs, Knobs)
         wl, default = self.workload, self.looped(target)
         if knobs.unrolled:
-            if self.kernel != "csr" or not unrolled_knobs.serves(self.dst, target):
-                return None
-            fitting = dataclasses.replace(knobs, vectors=unrolled_knobs.even(knobs.vectors, self.dst))
-            return dataclasses.replace(fitting, chunks=unrolled_knobs.pieces(wl, fitting, self.dst))
+            return unrolled_knobs.fit(knobs, wl, self.src, self.dst, target) if self.kernel == "csr" else None
         knobs = dataclasses.replace(knobs, chunks=default.chunks)
         if (knobs.dense, knobs.across) != (default.dense, default.across):
             return None
@@ -375,6 +371,6 @@ def _samples(kernel: str, op: str, target: CpuTarget) -> list[tuple[Site, dict[s
     ]
     if kernel == "csr":
         samples.append((conv, {"channel_block": 2, "aligned": True}))
-        straight = unrolled_knobs.space(wl, slots[1], target)
+        straight = unrolled_knobs.space(wl, *slots, target)
         samples += [(conv, dataclasses.asdict(k)) for k in straight[:1]]
     return samples

@@ -43,8 +43,8 @@ class Code:
 
         void name(const float *src, const float *data, float *out, const float *bias, const float *residual, int64 g)
 
-    that computes one vector of the rows of a group; it holds a hash of ``text``, LLVM IR that defines it. Bits of ``g``: 0 to
-    31 the group, 32 to 47 the lanes that count, from 48 on which share of the next group's code to fetch."""
+    that computes one vector of the rows of a group; it holds a hash of ``text``, LLVM IR that defines it. Bits of ``g``: 0
+    to 31 the group, 32 to 47 the lanes that count, from 48 on which share of the next group's code to fetch."""
 
     name: str
     groups: int
@@ -52,7 +52,7 @@ class Code:
 
 
 def fused(program: Program) -> tuple[tuple[str, float, float], ...] | None:
-    """``program`` without its bias as steps of the code: ("residual", 0, 0), ("max", bound, 0), ("clip", low, high). None where
+    """``program`` without its bias as steps of the code: ("residual", 0, 0), ("max", 0, 0), ("clip", low, high). None where
     it does more."""
     _, rest = split_bias(program)
     steps: list[tuple[str, float, float]] = []
@@ -67,7 +67,8 @@ def fused(program: Program) -> tuple[tuple[str, float, float], ...] | None:
         elif instr.op == "nn.relu":
             steps.append(("max", 0.0, 0.0))
         elif instr.op == "clip" and instr.args[0] == value and all(a[0] == "s" for a in others):
-            steps.append(("clip", *(rest.scalars[int(a[1:])] for a in others)))
+            low, high = (rest.scalars[int(a[1:])] for a in others)
+            steps.append(("clip", low, high))
         else:
             return None
         value = f"v{i}"
@@ -179,19 +180,16 @@ class UnrolledBody(Body):
             slot = gemm.slots[index]
             return B.address_of(buffer[slot.base + first * slot.layout.c_pitch + q.at(index) + v * q.step(slot)])
 
-        source = gemm.src.base + q.at(0, gemm.strides) + v * q.step(gemm.src, gemm.strides[1])
-        start = B.address_of(self.data[0])
-        part = B.cast(B.min(v, RUNS), "int64")  # the runs behind repeat what is fetched after the last share
-        word = B.cast(g, "int64") + B.shift_left(part, B.int64(48))
+        start = B.address_of(self.data[0])  # also where nothing is read: any valid address
+        source = self.src[gemm.src.base + q.at(0, gemm.strides) + v * q.step(gemm.src, gemm.strides[1])]
+        bias = B.address_of(self.consts[self.bias][first]) if self.bias else start
+        residual = at(self.tensors[0][1], 1) if self.tensors and self.fused else start
+        share = B.cast(B.min(v, RUNS), "int64")  # the runs behind repeat what is fetched after the last share
+        word = B.cast(g, "int64") + B.shift_left(share, B.int64(48))
         if self.mask is not None and self.fused:
             word = word + B.shift_left(B.cast(self.mask[q.first + v], "int64"), B.int64(32))
-        B.evaluate(
-            B.call_extern(
-                "void", code.name, B.address_of(self.src[source]), start, at(self.out, -1),
-                B.address_of(self.consts[self.bias][first]) if self.bias else start,
-                at(self.tensors[0][1], 1) if self.tensors and self.fused else start, word,
-            )  # fmt: skip
-        )
+        args = (B.address_of(source), start, at(self.out, -1), bias, residual, word)
+        B.evaluate(B.call_extern("void", code.name, *args))
 
     def _fetch(self, q: Tile, vectors: int, part: Any) -> None:
         """Its share of the source of the next tile, in interleaved layouts."""

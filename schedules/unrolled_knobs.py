@@ -1,8 +1,8 @@
 """Knobs of straight code (``unrolled.py``): how many vectors a tile holds, and whether it pays at all.
 
 The model counts cycles of a layer. A vector of positions takes a multiply-add for each nonzero and loads that share the two
-load ports with their weights; starting, clipping and storing sums come on top. The code, 7 bytes a nonzero and as many or 10 a
-load, and the weights are read again for each tile: from L1 or L2 while they fit there, else from L3, and once a call from
+load ports with their weights; starting, clipping and storing sums come on top. The code, 7 bytes a nonzero and as many or 10
+a load, and the weights are read again for each tile: from L1 or L2 while they fit there, else from L3, and once a call from
 behind that. So layers of many nonzeros and few pixels keep to the loop over offsets, which reads 8 bytes a nonzero.
 
 Constants were fitted on Zen 4 to the layers of ResNet-50 with 90% zeros, at batch 1 and 16, in the network.
@@ -33,17 +33,27 @@ WORTH = 1.06  # what must be gained for twice as many bytes
 USUAL, ELSE = 8, 0.01  # vectors of a tile that serve most layers; what others must gain for each factor of two
 
 
-def serves(dst: Slot, target: CpuTarget) -> bool:
-    """Whether straight code may compute ``dst``."""
-    return target.isa == "avx512" and dst.layout.interleave in (1, LINE)
+def serves(src: Slot, dst: Slot, target: CpuTarget) -> bool:
+    """Whether straight code may compute ``dst`` from ``src``: its displacements are of 32 bits, in bytes."""
+    near = 4 * max(src.size, MOST_ROWS * dst.layout.c_pitch) < 2**31
+    return target.isa == "avx512" and dst.layout.interleave in (1, LINE) and near
 
 
-def space(wl: ConvWorkload, dst: Slot, target: CpuTarget) -> tuple[Knobs, ...]:
+def space(wl: ConvWorkload, src: Slot, dst: Slot, target: CpuTarget) -> tuple[Knobs, ...]:
     """Legal knobs of straight code for an unstructured layer."""
-    if not serves(dst, target):
+    if not serves(src, dst, target):
         return ()
     each = (Knobs(MOST_ROWS, v, wl.c // wl.groups, unrolled=True) for v in candidates(dst))
     return tuple(dataclasses.replace(k, chunks=pieces(wl, k, dst)) for k in each)
+
+
+def fit(knobs: Knobs, wl: ConvWorkload, src: Slot, dst: Slot, target: CpuTarget) -> Knobs | None:
+    """``knobs`` of straight code, of another layer, for this one; None where they are not legal."""
+    plain = Knobs(knobs.rows, even(max(1, knobs.vectors), dst), wl.c // wl.groups, unrolled=True)
+    if not serves(src, dst, target) or not 1 <= knobs.rows <= MOST_ROWS:
+        return None
+    same = dataclasses.replace(knobs, vectors=plain.vectors, channel_block=plain.channel_block, chunks=1) == plain
+    return dataclasses.replace(plain, chunks=pieces(wl, plain, dst)) if same else None
 
 
 def candidates(dst: Slot) -> list[int]:
@@ -62,7 +72,14 @@ def _vectors(dst: Slot) -> int:
 
 
 def cycles(
-    wl: ConvWorkload, knobs: Knobs, src: Slot, dst: Slot, target: CpuTarget, taps: Sequence[Tap], stored: float, calls: int
+    wl: ConvWorkload,
+    knobs: Knobs,
+    src: Slot,
+    dst: Slot,
+    target: CpuTarget,
+    taps: Sequence[Tap],
+    stored: float,
+    calls: int,
 ) -> float:
     """The model's cycles for a layer that ``calls`` calls compute, of which ``stored`` of the weights are not zero."""
     mixed = dst.layout.interleave > 1
@@ -85,7 +102,7 @@ def cycles(
 
 
 def choose(looped: Knobs, straight: Sequence[Knobs], cost: Callable[[Knobs], float]) -> Knobs:
-    """``looped``, knobs of the kernel that loops over offsets, or the best of ``straight`` if it gains enough by ``cost``."""
+    """``looped``, knobs of the kernel that loops over offsets, or the best of ``straight`` if it gains enough."""
 
     def weighed(knobs: Knobs) -> float:
         return cost(knobs) * (1 + ELSE * abs(math.log2(knobs.vectors / USUAL)))

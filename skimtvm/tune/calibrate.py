@@ -244,8 +244,8 @@ def _shape_of(points: Sequence[Point]) -> Workload:
 
 
 def _samples(runner: Here, kernels: Sequence[Candidate], rounds: int, cold: Any) -> list[list[float]]:
-    """Seconds of one call of each kernel in each of ``rounds``, the input in the cache. ``cold``: an array that is read after
-    another call of the same kernel; None: what that used is there."""
+    """Seconds of one call of each kernel in each of ``rounds``, the input in the cache. ``cold``: an array that is read
+    after another call of the same kernel; None: what that used is there."""
     samples: list[list[float]] = [[] for _ in kernels]
     with runner.alone():
         for kernel in kernels:

@@ -39,7 +39,9 @@ def features(task: Task, candidates: Sequence[AnyKnobs]) -> F32:
 def _fc(task: Task, site: Any, imbalance: float, weights: float, candidates: Sequence[Any]) -> list[list[float]]:
     wl, s = site.workload, task.sparsity
     head = [1, 1, s.density, s.row_mean, imbalance, 1, wl.k, wl.n, wl.m, weights]
-    return [[*head, 1, k.vectors, 1, 1, 1, 1, 1, s.row_mean, 1, 1, 1, k.ahead, k.window, 0, 0, 1, 0] for k in candidates]
+    return [
+        [*head, 1, k.vectors, 1, 1, 1, 1, 1, s.row_mean, 1, 1, 1, k.ahead, k.window, 0, 0, 1, 0] for k in candidates
+    ]
 
 
 def _conv(task: Task, site: Any, imbalance: float, weights: float, candidates: Sequence[Any]) -> list[list[float]]:

@@ -43,7 +43,9 @@ def _kind(knobs: AnyKnobs) -> object:
     """What candidates have in common that run at similar speed."""
     if isinstance(knobs, WinogradKnobs):
         return knobs.rows, knobs.vectors, knobs.together, knobs.segment
-    return (knobs.vectors, knobs.lanes, knobs.aligned, knobs.unrolled) if isinstance(knobs, Knobs) else (knobs.window, knobs.ahead)
+    if isinstance(knobs, FcKnobs):
+        return knobs.window, knobs.ahead
+    return knobs.vectors, knobs.lanes, knobs.aligned, knobs.unrolled
 
 
 def _nearest(knobs: AnyKnobs, space: Sequence[AnyKnobs]) -> AnyKnobs | None:

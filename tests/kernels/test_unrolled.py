@@ -29,7 +29,7 @@ BIAS_CLIP = Program((Instr("add", ("t0", "c0")), Instr("clip", ("v0", "s0", "s1"
 
 
 def run(code: bytes) -> list[tuple[int, int, int]]:
-    """(sum, bytes from the source, weight) of each multiply-add: the instructions that the format documents, and no others."""
+    """(sum, bytes from the source, weight) of each multiply-add; no instructions but those that the format documents."""
     at = rdi = 0
     rsi, register, done = 512, dict[int, int](), []
     number = lambda i: int.from_bytes(code[i : i + 4], "little", signed=True)

@@ -23,7 +23,8 @@ from .samples import conv_site, model, record, winograd_site
 SITE = conv_site(c=40, size=20)
 TARGET = resolve()
 DEFAULT = SITE.default(TARGET)
-OTHER = dataclasses.replace(DEFAULT, vectors=3, channel_block=7)
+LOOPED = SITE.looped(TARGET)
+OTHER = dataclasses.replace(LOOPED, vectors=3, channel_block=7)
 KNOBS = dataclasses.asdict(OTHER)
 
 
@@ -51,7 +52,8 @@ def test_the_nearest_density(tmp_path: Path) -> None:
         append(tmp_path, record(site, knobs=KNOBS | {"vectors": vectors}))
     knobs, why = look(tmp_path)
     assert knobs.vectors == 5 and "at density 0.23" in why
-    assert look(tmp_path, conv_site(c=40, size=20, density=0.01)) == (DEFAULT, "")
+    far = conv_site(c=40, size=20, density=0.01)
+    assert look(tmp_path, far) == (far.default(TARGET), "")
 
 
 def test_a_default_that_won(tmp_path: Path) -> None:
@@ -91,7 +93,18 @@ def test_stale_records_and_damage_are_reported(tmp_path: Path) -> None:
 
 def test_pieces_for_threads_stay_those_of_the_layer(tmp_path: Path) -> None:
     append(tmp_path, record(SITE, knobs=KNOBS | {"chunks": 99}))
-    assert look(tmp_path)[0].chunks == DEFAULT.chunks
+    assert look(tmp_path)[0].chunks == LOOPED.chunks
+
+
+@pytest.mark.skipif(TARGET.isa != "avx512", reason="straight code is for AVX-512")
+def test_straight_code_is_adapted(tmp_path: Path) -> None:
+    straight = next(k for k in SITE.space(TARGET).unrolled if k.vectors > 1)
+    for change, expected in (
+        ({"chunks": 99, "vectors": straight.vectors}, straight), ({"channel_block": 3}, straight), ({"lanes": 8}, DEFAULT),
+        ({"rows": 31}, DEFAULT), ({"aligned": True}, DEFAULT), ({"dense": True}, DEFAULT),
+    ):  # fmt: skip
+        append(tmp_path, record(SITE, knobs=dataclasses.asdict(straight) | change))
+        assert look(tmp_path)[0] == expected
 
 
 def test_aligned_knobs_have_few_pieces_and_need_room(tmp_path: Path) -> None:
@@ -111,7 +124,7 @@ def test_compile_uses_the_log_and_says_so(tmp_path: Path) -> None:
     tasks = {t.layers[0]: t for t in extract(source, CompileOptions())}
     assert set(tasks) == {"first", "second"}
     site = tasks["first"].site
-    default: Any = site.default(TARGET)
+    default: Any = site.looped(TARGET)  # type: ignore[attr-defined]
     wanted = dataclasses.replace(default, vectors=max(1, default.vectors - 1), lanes=8)
     append(tmp_path, record(site, knobs=dataclasses.asdict(wanted)))
     tuned = compile_model(source, CompileOptions(log=str(tmp_path))).manifest
