@@ -25,11 +25,11 @@ from .pointwise import Slot
 CODE = (7.0, 8.5)  # bytes of a multiply-add, and of a load
 LOAD = (1.0, 1.9)  # cycles of an aligned load, and of one that crosses a line
 FROM_L2 = 0.5  # cycles more of a load from L2
-STORE = 3.0  # cycles to start, finish and store a sum
-CALL = 30.0  # cycles to enter the code of a group
+STORE = 4.0  # cycles to start, finish and store a sum
+CALL = 50.0  # cycles to enter the code of a group
 L3_RATE, MEMORY_RATE = 16.0, 8.0  # bytes of code and weights a cycle
 L2_SHARE = 0.6  # of L2, for code and weights
-WORTH = 1.06  # what must be gained for twice as many bytes
+WORTH = 1.12  # what must be gained for twice as many bytes
 USUAL, ELSE = 8, 0.01  # vectors of a tile that serve most layers; what others must gain for each factor of two
 
 
