@@ -365,12 +365,13 @@ def _samples(kernel: str, op: str, target: CpuTarget) -> list[tuple[Site, dict[s
     conv = ConvSite(
         kernel=kernel, rows=rows, stored=0.3, workload=wl, weight=weight, src=slots[0], dst=slots[1], epilogue=relu
     )
+    looped = dataclasses.asdict(conv.looped(target))
     samples: list[tuple[Site, dict[str, int]]] = [
-        (conv, {}),
-        (conv, {} if kernel == "dense" else {"channel_block": 2}),
+        (conv, looped),
+        (conv, looped if kernel == "dense" else looped | {"channel_block": 2}),
     ]
     if kernel == "csr":
-        samples.append((conv, {"channel_block": 2, "aligned": True}))
+        samples.append((conv, looped | {"channel_block": 2, "aligned": True}))
         straight = unrolled_knobs.space(wl, *slots, target)
         samples += [(conv, dataclasses.asdict(k)) for k in straight[:1]]
     return samples

@@ -15,6 +15,11 @@ start values, residual, clipping, the mask of positions that are no pixel, and t
 what was stored.
 
 Only for AVX-512, whose multiply-adds take a broadcast operand from memory.
+
+Measured on Zen 4, one thread, 90% zeros, share of the practical peak of 118 GFLOP/s on the multiply-adds done (CSR: 0.38 to
+0.52): alone 3x3 0.65 to 0.76, 1x1 0.57 to 0.84, at half of the nonzeros 0.85 to 0.97; in ResNet-50 0.55 to 0.72 at batch 1,
+where code and weights come from L3 and memory, 0.6 to 0.85 interleaved. An unaligned load takes two of the two slots of a
+cycle and a broadcast one, so that 3x3 planes at 90% are bound to 0.78 of the peak, everything else to 1.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import pytest
 import tvm
 
 from skimtvm.schedules import knobs as k
+from skimtvm.schedules import unrolled_knobs
 from skimtvm.schedules.sites import ConvSite, Site, version
 from skimtvm.schedules.winograd import WinogradKnobs
 from skimtvm.target import TARGETS, CpuTarget, resolve
@@ -161,3 +162,12 @@ def test_versions_tell_kernels_and_targets_apart() -> None:
     assert version("csr_conv2d", TARGETS["haswell"]) not in hashes
     version.cache_clear()
     assert version("csr_conv2d", TARGETS["znver4"]) in hashes, "the same code has the same version"
+
+
+def test_versions_do_not_depend_on_the_choice_of_knobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both forms of an unstructured layer are hashed, whatever the cost model prefers."""
+    target = TARGETS["znver4"]
+    known = version.__wrapped__("csr_conv2d", target)  # without its cache
+    for worth in (0.0, 1e9):
+        monkeypatch.setattr(unrolled_knobs, "WORTH", worth)
+        assert version.__wrapped__("csr_conv2d", target) == known
