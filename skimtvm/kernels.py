@@ -2,7 +2,7 @@
 
 ``efficiency`` is the share of the practical peak on the multiply-adds that a kernel does, measured on Zen 4, one thread,
 3x3 and 1x1 layers of 64 to 512 channels at 7x7 to 56x56. That of ``csr`` is of its loop over offsets, which every machine
-has (straight code for AVX-512, ``schedules/unrolled.py``: 0.6 to 0.85). The ``fc`` kernels (fully connected, few rows) are
+has (straight code for AVX-512, ``schedules/unrolled.py``: 0.5 to 0.84). The ``fc`` kernels (fully connected, few rows) are
 bound by the bytes of the weights instead: ``weight_bytes`` a stored weight at ``efficiency`` of the memory bandwidth.
 """
 
