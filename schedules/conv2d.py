@@ -10,9 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import InternalError
-from ..formats import unrolled as unrolled_format
+from ..formats import unrolled
 from ..formats.gather import GatherMatrix, encode
-from ..formats.unrolled import RowCode
 from ..layout import Halo, Layout, Phases
 from ..target import CpuTarget
 from ..workload import ConvWorkload
@@ -21,7 +20,7 @@ from . import knobs as knobs_model
 from .gather_gemm import Gemm, Knobs, RowRun
 from .interleaved import whole_band
 from .pointwise import Program, Slot
-from .unrolled import RUNS, assemble, fused
+from .unrolled import RUNS, assemble
 
 Array = npt.NDArray[np.float32] | npt.NDArray[np.int32]
 
@@ -112,14 +111,19 @@ class ConvKernel:
     stored_bytes: int
 
 
+def _cut(work: npt.NDArray[np.int64], chunks: int) -> npt.NDArray[np.int32]:
+    """int32[chunks + 1]: the first of each chunk of row groups, so that chunks hold equal ``work``."""
+    total = np.concatenate([[0], np.cumsum(work)])
+    inner = np.searchsorted(total, total[-1] * np.arange(1, chunks) / chunks)
+    return np.concatenate([[0], inner, [work.size]]).astype(np.int32)
+
+
 def _cuts(m: GatherMatrix, chunks: int) -> npt.NDArray[np.int32]:
     """First row group of each chunk, so that chunks hold equal numbers of entries."""
     if m.dense or m.column.size == 0:
         return np.linspace(0, m.groups, chunks + 1).astype(np.int32)
     per_group = np.diff(m.ip).reshape(m.blocks, m.groups).sum(axis=0)
-    total = np.concatenate([[0], np.cumsum(per_group + 4)])  # + 4: starting and storing a group costs too
-    inner = np.searchsorted(total, total[-1] * np.arange(1, chunks) / chunks)
-    return np.concatenate([[0], inner, [m.groups]]).astype(np.int32)
+    return _cut(per_group + 4, chunks)  # + 4: starting and storing a group costs too
 
 
 def copies(wl: ConvWorkload, src: Slot, vectors: int, lanes: int) -> aligned.Copies:
@@ -163,8 +167,22 @@ def build(
     """
     s, d = src.layout, dst.layout
     _check(wl, s, d, knobs, channels is None)
+    mixed = s.interleave > 1
+    plain = Gemm(
+        src=src,
+        dst=dst,
+        runs=(RowRun(0, 1, wl.k, 1, 0),),
+        knobs=knobs,
+        block_columns=0,
+        group_rows=wl.k // wl.groups,
+        group_step=0,
+        epilogue=epilogue or Program(),
+        tensors=tensors,
+        strides=wl.strides if mixed else (1, 1),
+        below=max(t[1] for t in taps(wl, interleaved=True)) if mixed else 0,
+    )
     if knobs.unrolled:
-        return _unrolled(wl, weight, src, dst, knobs, epilogue or Program(), tensors, channels)
+        return _unrolled(wl, weight, plain, channels)
     matrices = encode(
         weight, conv_groups=wl.groups, rows=knobs.rows, channel_block=knobs.channel_block, dense=knobs.dense
     )
@@ -175,20 +193,13 @@ def build(
         step = address.reshape(wl.groups, -1)
         if not (np.diff(step, axis=0) == step[1] - step[0]).all() or np.ptp(step[1] - step[0]):
             raise InternalError(f"convolution {wl}: dense groups need evenly spaced channels")
-    planes = 1 if s.interleave > 1 or (split := phases(wl)) is None else len(split.index)
+    planes = 1 if mixed or (split := phases(wl)) is None else len(split.index)
     runs = tuple(RowRun(m.first, m.groups, m.rows, m.blocks, m.column.size if m.dense else 0) for m in matrices)
-    gemm = Gemm(
-        src=src,
-        dst=dst,
+    gemm = dataclasses.replace(
+        plain,
         runs=runs,
-        knobs=knobs,
         block_columns=knobs.channel_block * kk,
-        group_rows=wl.k // wl.groups,
         group_step=cg * planes * s.c_pitch,
-        epilogue=epilogue or Program(),
-        tensors=tensors,
-        strides=wl.strides if s.interleave > 1 else (1, 1),
-        below=max(t[1] for t in taps(wl, interleaved=True)) if s.interleave > 1 else 0,
         copies=copied,
     )
     entries = sum(m.column.size * (m.groups if m.dense else 1) for m in matrices)
@@ -203,57 +214,31 @@ def build(
         constants += [address[column], data]
     stored = sum(a.nbytes for a in constants)
     constants.append(np.concatenate([_cuts(m, knobs.chunks) for m in matrices]))
+    return ConvKernel(gemm, (*constants, *_places(gemm)), stored)
+
+
+def _places(gemm: Gemm) -> list[Array]:
+    """The last constants: the band, or which positions are pixels."""
     if gemm.interleaved:
-        constants.append(whole_band(gemm.slots))
-    if gemm.masked:
-        constants.append(pixel_mask(dst, gemm.vectors * knobs.lanes))
-    return ConvKernel(gemm, tuple(constants), stored)
+        return [whole_band(gemm.slots)]
+    if not gemm.masked:
+        return []
+    lanes = gemm.knobs.lanes
+    inside = pixel_mask(gemm.dst, gemm.vectors * lanes)
+    if gemm.code is None or not gemm.code.fused:
+        return [inside]
+    return [((inside.reshape(-1, lanes) & 1) @ (1 << np.arange(lanes))).astype(np.int32)]  # a bit a position
 
 
 def _unrolled(
-    wl: ConvWorkload,
-    weight: npt.NDArray[np.float32],
-    src: Slot,
-    dst: Slot,
-    knobs: Knobs,
-    epilogue: Program,
-    tensors: tuple[Slot, ...],
-    channels: Sequence[int] | None,
+    wl: ConvWorkload, weight: npt.NDArray[np.float32], plain: Gemm, channels: Sequence[int] | None
 ) -> ConvKernel:
-    """The kernel with the nonzeros as code."""
-    mixed = src.layout.interleave > 1
-    code = row_code(wl, weight, src, knobs, channels)
-    gemm = Gemm(
-        src=src,
-        dst=dst,
-        runs=(RowRun(0, 1, wl.k, 1, 0),),
-        knobs=knobs,
-        block_columns=0,
-        group_rows=0,
-        group_step=0,
-        epilogue=epilogue,
-        tensors=tensors,
-        strides=wl.strides if mixed else (1, 1),
-        below=max(t[1] for t in taps(wl, interleaved=True)) if mixed else 0,
-    )
-    gemm = dataclasses.replace(gemm, code=assemble(code, gemm))
-    work = np.concatenate([[0], np.cumsum(code.nonzeros + code.loads + 3 * np.diff(code.rows))])
-    inner = np.searchsorted(work, work[-1] * np.arange(1, knobs.chunks) / knobs.chunks)
-    cut = np.concatenate([[0], inner, [code.groups]]).astype(np.int32)
+    """The kernel with the nonzeros as code; ``plain``: without them."""
+    knobs = plain.knobs
+    address, shares = offsets(wl, plain.src, channels), min(RUNS, knobs.vectors)
+    code = unrolled.encode(weight.reshape(wl.k, -1), address, wl.groups, knobs.rows, shares)
+    gemm = dataclasses.replace(plain, code=assemble(code, plain))
+    cut = _cut(code.nonzeros + code.loads + 3 * np.diff(code.rows), knobs.chunks)
     data = code.data if code.data.size else np.zeros(1, np.float32)  # TVM has no empty tensors
-    constants: list[Array] = [data, code.rows, cut]
-    if mixed:
-        constants.append(whole_band(gemm.slots))
-    elif gemm.masked:
-        inside = pixel_mask(dst, gemm.vectors * knobs.lanes)
-        bits = (inside.reshape(-1, knobs.lanes) & 1) @ (1 << np.arange(knobs.lanes))
-        constants.append(inside if fused(epilogue) is None else bits.astype(np.int32))
-    return ConvKernel(gemm, tuple(constants), data.nbytes + sum(map(len, code.code)))
-
-
-def row_code(
-    wl: ConvWorkload, weight: npt.NDArray[np.float32], src: Slot, knobs: Knobs, channels: Sequence[int] | None = None
-) -> RowCode:
-    """The nonzeros of ``weight`` f32[k, c / groups, kh, kw] as code that reads ``src``."""
-    address, runs = offsets(wl, src, channels), min(RUNS, knobs.vectors)
-    return unrolled_format.encode(weight.reshape(wl.k, -1), address, wl.groups, knobs.rows, runs)
+    stored = data.nbytes + sum(map(len, code.code))
+    return ConvKernel(gemm, (data, code.rows, cut, *_places(gemm)), stored)

@@ -17,9 +17,11 @@ what was stored.
 Only for AVX-512, whose multiply-adds take a broadcast operand from memory.
 
 Measured on Zen 4, one thread, 90% zeros, share of the practical peak of 118 GFLOP/s on the multiply-adds done (CSR: 0.38 to
-0.52): alone 3x3 0.65 to 0.76, 1x1 0.57 to 0.84, at half of the nonzeros 0.85 to 0.97; in ResNet-50 0.55 to 0.72 at batch 1,
-where code and weights come from L3 and memory, 0.6 to 0.85 interleaved. An unaligned load takes two of the two slots of a
-cycle and a broadcast one, so that 3x3 planes at 90% are bound to 0.78 of the peak, everything else to 1.
+0.52): alone 3x3 0.48 to 0.78, 1x1 0.57 to 0.84, with 50% zeros 0.68 to 0.95; in ResNet-50 0.41 to 0.70 at batch 1, where
+code and weights come from L3 and memory, 0.32 to 0.87 interleaved. Below half are 1x1 layers at 56x56: with 64 inputs at
+batch 1 sums are started, summed with residuals and stored after 6 multiply-adds each, at batch 16 source and output come
+from memory. An unaligned load fills both load ports for two cycles and a broadcast one port for one, which bounds 3x3 planes
+at 90% to 0.78 of the peak; everything else is bound by the multiply-adds.
 """
 
 from __future__ import annotations
@@ -48,11 +50,13 @@ class Code:
 
         void name(const float *src, const float *data, float *out, const float *bias, const float *residual, int64 g)
 
-    that computes one vector of the rows of a group; it holds a hash of ``text``, LLVM IR that defines it. Bits of ``g``: 0
+    that computes one vector of the rows of a group; it holds a hash of ``text``, LLVM IR that defines it; ``fused``:
+    the epilogue is in it. Bits of ``g``: 0
     to 31 the group, 32 to 47 the lanes that count, from 48 on which share of the next group's code to fetch."""
 
     name: str
     groups: int
+    fused: bool
     text: str = field(compare=False, repr=False)
 
 
@@ -108,7 +112,7 @@ def assemble(code: RowCode, gemm: Gemm) -> Code:
     # Kernels of several batch sizes may share code: it is assembled once.
     lines = [f".ifndef {name}", *(line.replace("NAME", name) for line in lines), ".endif"]
     text = "\n".join(f'module asm "{line}"' for line in lines)
-    return Code(name, code.groups, f"{text}\ndeclare void @{name}(ptr, ptr, ptr, ptr, ptr, i64)\n")
+    return Code(name, code.groups, steps is not None, f"{text}\ndeclare void @{name}(ptr, ptr, ptr, ptr, ptr, i64)\n")
 
 
 def _literal(code: bytes) -> Iterator[str]:
@@ -147,7 +151,7 @@ class UnrolledBody(Body):
     def _declare_weights(self) -> None:
         code = self.gemm.code
         assert code is not None
-        self.fused = fused(self.gemm.epilogue) is not None
+        self.fused = code.fused
         entries = B.int64()
         self.data = B.match_buffer(B.arg("data_p", B.handle()), (entries,), "float32")
         self.rows = B.arg("rows", B.Buffer((code.groups + 1,), "int32"))

@@ -89,8 +89,7 @@ def cycles(
     sharing = min(wl.k / groups, wl.k / wl.groups)  # rows of a group that read the same channels
     loads = columns * wl.k / sharing * (1 - (1 - stored) ** sharing)
     aligned = mixed or all(t[1] == t[2] == 0 for t in taps)
-    whole = dataclasses.replace(knobs, channel_block=wl.c // wl.groups, lanes=LINE)
-    touched = footprint(wl, whole, src, taps) * wl.groups
+    touched = footprint(wl, knobs, src, taps) * wl.groups
     each = LOAD[not aligned] + (FROM_L2 if touched > target.l1_bytes else 0.0)
     vector = max(nonzeros, nonzeros / 2 + each * loads) + STORE * wl.k + CALL * groups
     total = _vectors(dst)
