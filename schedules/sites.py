@@ -178,7 +178,11 @@ class ConvSite(PlacedSite):
             return unrolled_knobs.cycles(wl, knobs, src, dst, target, taps, stored, len(self.calls()))
         rows = dst.layout.n // dst.layout.interleave * dst.layout.h if dst.layout.interleave > 1 else 1
         copied = self.copies(knobs.vectors, knobs.lanes) if knobs.aligned else None
-        return model.cycles(wl, knobs, src, dst, target, taps, stored, copies=copied) * wl.k / knobs.rows * rows
+        loop = model.cycles(wl, knobs, src, dst, target, taps, stored, copies=copied) * wl.k / knobs.rows * rows
+        weights = stored * wl.k * wl.c / wl.groups * len(taps) * (4 if knobs.dense else 4 + 4 / knobs.rows)
+        touched = model.footprint(wl, knobs, src, taps, copied) * wl.groups
+        tiles = rows * -(-unrolled_knobs.positions(dst) // (knobs.vectors * knobs.lanes))
+        return loop + unrolled_knobs.streaming(weights, touched, tiles, len(self.calls()), target)
 
     def looped(self, target: CpuTarget) -> Knobs:
         """The default of kernels that loop over columns."""

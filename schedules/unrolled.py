@@ -101,8 +101,8 @@ def assemble(code: RowCode, gemm: Gemm) -> Code:
     for g, body in enumerate(code.code):
         rows = range(int(code.rows[g + 1] - code.rows[g]))
         lines += [".p2align 6", f"NAME_{g}:", f"addq ${4 * int(code.starts[g]) + 2 * WINDOW}, %rsi"]
-        lines += [f"imull ${LINE * 4 * code.shares[g]}, %r9d, %r11d", f"leaq NAME_{(g + 1) % code.groups}(%rip), %rax"]
-        lines += ["addq %rax, %r11"]
+        lines += [f"leaq NAME_{(g + 1) % code.groups}(%rip), %rax"]
+        lines += [f"imull ${LINE * 4 * code.shares[g]}, %r9d, %r9d", "addq %r9, %rax"]
         lines += [f"vbroadcastss {4 * r}(%rcx), %zmm{r}" if bias else f"vpxord %zmm{r}, %zmm{r}, %zmm{r}" for r in rows]
         lines += _literal(body)
         lines += _finish(rows, steps or (), masked, residual)

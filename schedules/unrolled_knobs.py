@@ -1,11 +1,12 @@
 """Knobs of straight code (``unrolled.py``): how many vectors a tile holds, and whether it pays at all.
 
 The model counts cycles of a layer. A vector of positions takes a multiply-add for each nonzero and loads that share the two
-load ports with their weights; starting, clipping and storing sums come on top. The code, 7 bytes a nonzero and as many or 10
-a load, and the weights are read again for each tile: from L1 or L2 while they fit there, else from L3, and once a call from
-behind that. So layers of many nonzeros and few pixels keep to the loop over offsets, which reads 8 bytes a nonzero.
+load ports with their weights; starting, clipping and storing sums come on top. The code, 7 bytes a nonzero and about as many a
+load, is read again for each tile, from L2 or from behind it, and the first time at 3 bytes a cycle, which few vectors of few
+nonzeros do not hide. So layers of a vector or two, or of some nonzeros a sum, keep to the loop over offsets.
 
-Constants were fitted on Zen 4 to the layers of ResNet-50 with 90% zeros, at batch 1 and 16, in the network.
+Constants were fitted on Zen 4: to ResNet-50 with 90, 97 and 99% zeros in loops and in straight code, layer by layer in the
+networks (what the model chooses there takes 0.8% longer than the faster of both), and the height of tiles to 16 shapes alone.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
-from ..formats.unrolled import MOST_ROWS
+import numpy as np
+
+from ..formats.unrolled import CODE, MOST_ROWS, cut_rows
 from ..layout import LINE
 from ..target import CpuTarget
 from ..workload import ConvWorkload
@@ -22,14 +25,14 @@ from .gather_gemm import Knobs
 from .knobs import BAND_PIECES, Tap, footprint
 from .pointwise import Slot
 
-CODE = (7.0, 8.5)  # bytes of a multiply-add, and of a load
-LOAD = (1.0, 1.9)  # cycles of an aligned load, and of one that crosses a line
-FROM_L2 = 0.5  # cycles more of a load from L2
-STORE = 4.0  # cycles to start, finish and store a sum
-CALL = 50.0  # cycles to enter the code of a group
-L3_RATE, MEMORY_RATE = 16.0, 8.0  # bytes of code and weights a cycle
+LOAD = (1.25, 1.4)  # cycles of an aligned load, and of one that crosses a line
+FROM_L2, FROM_L3 = 0.8, 3.0  # cycles more of a load from there
+STORE = 3.0  # cycles to start, finish and store a sum
+CALL, SWITCH = 25.0, 500.0  # cycles to enter the code of a group, and more where another one ran before
+COLD_RATE, AGAIN_RATE = 3.0, 8.0  # bytes of code a cycle: the first time, and for another tile if L2 is too small
+DATA_RATE, STREAM_RATE = 8.0, 27.0  # bytes of weights or offsets a cycle, likewise
 L2_SHARE = 0.6  # of L2, for code and weights
-WORTH = 1.12  # what must be gained for twice as many bytes
+WORTH = 1.02  # what must be gained for twice as many bytes
 USUAL, ELSE = 8, 0.01  # vectors of a tile that serve most layers; what others must gain for each factor of two
 
 
@@ -58,17 +61,18 @@ def fit(knobs: Knobs, wl: ConvWorkload, src: Slot, dst: Slot, target: CpuTarget)
 
 def candidates(dst: Slot) -> list[int]:
     """Vectors of a tile, of a row where images are interleaved: all, and half as many down to one."""
-    return sorted({even(1 << i, dst) for i in range(_vectors(dst).bit_length() + 1)})
+    return sorted({even(1 << i, dst) for i in range(positions(dst).bit_length() - 3)})
 
 
 def even(vectors: int, dst: Slot) -> int:
     """The height of as many tiles as tiles of ``vectors`` would be, all of them as high as each other."""
-    total = _vectors(dst)
+    total = -(-positions(dst) // LINE)
     return -(-total // -(-total // vectors))
 
 
-def _vectors(dst: Slot) -> int:
-    return dst.layout.w if dst.layout.interleave > 1 else -(-dst.layout.positions // LINE)
+def positions(dst: Slot) -> int:
+    """That a tile is a part of: of a plane, of a row where images are interleaved."""
+    return dst.layout.w * dst.layout.interleave if dst.layout.interleave > 1 else dst.layout.positions
 
 
 def cycles(
@@ -85,19 +89,30 @@ def cycles(
     mixed = dst.layout.interleave > 1
     columns = wl.c // wl.groups * len(taps)
     nonzeros = stored * columns * wl.k
-    groups = -(-wl.k // knobs.rows)
-    sharing = min(wl.k / groups, wl.k / wl.groups)  # rows of a group that read the same channels
-    loads = columns * wl.k / sharing * (1 - (1 - stored) ** sharing)
+    sizes = np.diff(cut_rows(wl.k, knobs.rows))
+    groups = sizes.size
+    sharing = np.minimum(sizes, wl.k / wl.groups)  # rows of a group that read the same channels
+    loads = float((columns * sizes / sharing * (1 - (1 - stored) ** sharing)).sum())
     aligned = mixed or all(t[1] == t[2] == 0 for t in taps)
     touched = footprint(wl, knobs, src, taps) * wl.groups
-    each = LOAD[not aligned] + (FROM_L2 if touched > target.l1_bytes else 0.0)
+    far = touched > L2_SHARE * target.l2_bytes
+    each = LOAD[not aligned] + (FROM_L3 if far else FROM_L2 if touched > target.l1_bytes else 0.0)
     vector = max(nonzeros, nonzeros / 2 + each * loads) + STORE * wl.k + CALL * groups
-    total = _vectors(dst)
+    total = -(-positions(dst) // LINE)
     rows = dst.layout.n // dst.layout.interleave * dst.layout.h if mixed else 1
-    read = (CODE[0] + 4) * nonzeros + CODE[1] * loads
     tiles = rows * -(-total // knobs.vectors)
-    again = max(0, tiles - calls) * read / L3_RATE if read + touched > L2_SHARE * target.l2_bytes else 0.0
-    return rows * total * vector + again + calls * read / MEMORY_RATE
+    code = CODE[0] * nonzeros + CODE[1] * loads
+    waiting = calls * max(0.0, code / COLD_RATE - vector)  # the first vector waits for code that is in no cache
+    if code + 4 * nonzeros + touched > L2_SHARE * target.l2_bytes:
+        waiting += max(0, tiles - calls) * (code + 4 * nonzeros) / AGAIN_RATE
+    return rows * total * vector + SWITCH * groups * tiles + waiting + calls * 4 * nonzeros / DATA_RATE
+
+
+def streaming(weights: float, touched: float, tiles: int, calls: int, target: CpuTarget) -> float:
+    """Cycles in which loops read ``weights`` bytes of weights and offsets for each of ``tiles``, which touch ``touched``
+    bytes of the source each, in ``calls``."""
+    again = max(0, tiles - calls) * weights / STREAM_RATE if weights + touched > L2_SHARE * target.l2_bytes else 0.0
+    return again + calls * weights / DATA_RATE
 
 
 def choose(looped: Knobs, straight: Sequence[Knobs], cost: Callable[[Knobs], float]) -> Knobs:
@@ -112,6 +127,6 @@ def choose(looped: Knobs, straight: Sequence[Knobs], cost: Callable[[Knobs], flo
 
 def pieces(wl: ConvWorkload, knobs: Knobs, dst: Slot) -> int:
     """Parallel pieces that the row groups are cut into, where tiles are few."""
-    tiles = -(-_vectors(dst) // knobs.vectors)
+    tiles = -(-positions(dst) // (knobs.vectors * LINE))
     wanted = BAND_PIECES if dst.layout.interleave > 1 else 8
     return max(1, min(-(-wanted // tiles), -(-wl.k // knobs.rows)))

@@ -1,21 +1,25 @@
 """Sparse rows as straight AVX-512 code: what ``schedules/unrolled.py`` runs in place of a list of offsets. NumPy only.
 
 Output channels are cut into groups of as many rows as registers hold sums. The code of a group visits the columns in which
-any of its rows has a nonzero, in the order of their addresses: one load of the source, then a multiply-add for each row that
+any of its rows has a nonzero, 16 KB of the source after the other: one load of the source, then a multiply-add for each row that
 needs it, whose weight is a broadcast memory operand. So a nonzero costs one multiply-add, 4 bytes of weights and 7 bytes of
-code; a load, which CSR repeats for every nonzero, is shared by 2.4 rows of 24 at 90% zeros, and by 3.1 of 30.
+code; a load, which CSR repeats for every nonzero, is shared by 2.4 rows of 24 at 90% zeros, and by 3.1 of 30. Groups are full
+but for the last: 30 and 30 and 4 rows load less often than three times 21.
 
 Registers: rdi = source, rsi = weights. Instructions (Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2,
 sections 2.7 and 5):
 
-    vmovups zmm, [rdi + disp]                   7 bytes with a displacement of -128 .. 127 whole lines, else 10
+    vmovups zmm, [rdi + disp]                    7 bytes with a displacement of -128 .. 127 whole lines, else 10
     vfmadd231ps zmm, zmm, dword [rsi + d]{1to16} 7 bytes, d = -128 .. 127 floats
-    add rdi, n                                  7 bytes, where enough loads then take the short form
-    add rsi, 1024                               7 bytes, after 256 weights
-    prefetcht1 [r11 + n]                        8 bytes
+    add rdi, n                                   4 bytes with n = -128 .. 127, else 7
+    add rsi, 1024                                7 bytes, after 256 weights
+    prefetcht1 [rax + n]                         7 bytes
+
+Displacements of one byte count lines from rdi. So the columns of 256 lines of the source are visited tap by tap, or rather by
+the place in a line where their vectors begin, and rdi moves there once for all of them.
 
 Code that is not in a cache arrives slowly: no prefetcher of instructions runs far ahead. So the code of a group fetches that
-of the next one into L2, as data, a share of its lines with each of the vectors that it runs for: r11 = where the share of
+of the next one into L2, as data, a share of its lines with each of the vectors that it runs for: rax = where the share of
 this vector begins (512 channels at 7x7, 90% zeros, from memory: 0.57 ms without it, 0.39 with it, 0.27 in L2 and L3).
 """
 
@@ -36,8 +40,11 @@ REGISTERS = 32
 MOST_ROWS = 30  # of a group: two registers are left for the source, so that a load may pass the multiply-adds before it
 WINDOW = 256  # weights, or lines of the source, that a displacement of one byte reaches
 LINE = 64  # bytes
+REACH = WINDOW * LINE  # bytes of the source
+CODE = (7.1, 7.5)  # bytes of a multiply-add, and of a load
 EDGES = 30  # bytes of a sum's start and store
-REBASE = 4  # loads that a new base of theirs shortens by more than it costs
+REBASE = 3  # loads that a new base of theirs shortens by more than it costs
+LEAST_ROWS = 4  # of the last group, so that its sums hide the latency of a multiply-add
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,9 +71,12 @@ class RowCode:
 
 
 def cut_rows(k: int, most: int = MOST_ROWS) -> npt.NDArray[np.int32]:
-    """int32[groups + 1]: the fewest groups of up to ``most`` of ``k`` rows, as equal as possible."""
+    """int32[groups + 1]: groups of ``most`` of ``k`` rows; the last has what is left, or some more at the cost of the one
+    before."""
     groups = -(-k // most)
-    return (np.arange(groups + 1) * k // groups).astype(np.int32)
+    starts = np.minimum(np.arange(groups + 1) * most, k)
+    starts[-2] = max(0 if groups == 1 else starts[-3] + 1, min(starts[-2], k - min(LEAST_ROWS, most)))
+    return starts.astype(np.int32)
 
 
 def encode(
@@ -82,14 +92,15 @@ def encode(
     for low, high in itertools.pairwise(starts.tolist()):
         row, column = np.nonzero(weight[low:high])
         where = address[first[low + row] + column].astype(np.int64) * 4
-        order = np.lexsort((row, where))
+        order = np.lexsort((row, where, where % LINE, where // REACH))
         row, where = row[order], where[order]
         entries.append((row, where, high - low))
         data.append(weight[low + row, column[order]])
         loads.append(np.unique(where).size)
     sizes = np.array([d.size for d in data], np.int64)
     lines = [
-        math.ceil((7.2 * n + 8.5 * m + EDGES * e[2]) / LINE) for n, m, e in zip(sizes, loads, entries, strict=True)
+        math.ceil((CODE[0] * n + CODE[1] * m + EDGES * e[2]) / LINE)
+        for n, m, e in zip(sizes, loads, entries, strict=True)
     ]
     shares = tuple(min(-(-lines[(g + 1) % len(lines)] // runs), int(n)) for g, n in enumerate(sizes))
     codes = tuple(_group(*e, share) for e, share in zip(entries, shares, strict=True))
@@ -98,8 +109,8 @@ def encode(
 
 
 def _group(row: I64, where: I64, rows: int, share: int) -> bytes:
-    """Code of the entries (``row``, byte address), sorted by address, of ``rows`` sums, which fetches ``share`` lines. On
-    entry rsi is 128 weights ahead."""
+    """Code of the entries (``row``, byte address) of ``rows`` sums, those of an address side by side, which fetches
+    ``share`` lines. On entry rsi is 128 weights ahead."""
     if not row.size:
         return b""
     new = np.concatenate([[True], where[1:] != where[:-1]])
@@ -109,28 +120,31 @@ def _group(row: I64, where: I64, rows: int, share: int) -> bytes:
     base = _bases(address)
     moved = np.diff(base, prepend=0)
     displacement = address - base
-    short = (displacement % LINE == 0) & (np.abs(displacement + LINE // 2) <= WINDOW // 2 * LINE)
+    short = (displacement % LINE == 0) & (np.abs(displacement + LINE // 2) <= REACH // 2)
     entry = np.arange(row.size)
     step = (entry % WINDOW == 0) & (entry > 0)
     fetched = np.zeros(row.size, bool)
     fetched[np.arange(share) * row.size // share] = True
-    load_bytes = np.where(short, 7, 10) + 7 * (moved != 0)
-    entry_bytes = 7 + 7 * step + 8 * fetched
+    far = np.abs(2 * moved + 1) > 255
+    move_bytes = np.where(far, 7, 4) * (moved != 0)
+    load_bytes = np.where(short, 7, 10) + move_bytes
+    entry_bytes = 7 + 7 * step + 7 * fetched
     load_end, entry_end = np.cumsum(load_bytes), np.cumsum(entry_bytes)
     load_at = load_end - load_bytes + (entry_end - entry_bytes)[new]
     entry_at = entry_end - entry_bytes + load_end[load_of]
     code = np.zeros(int(load_end[-1] + entry_end[-1]), np.uint8)
 
-    change = moved != 0
-    _put(code, load_at[change], [0x48, 0x81, 0xC7, *_bytes4(moved[change])])
-    load_at = load_at + 7 * change
+    near = (moved != 0) & ~far
+    _put(code, load_at[near], [0x48, 0x83, 0xC7, moved[near]])
+    _put(code, load_at[far], [0x48, 0x81, 0xC7, *_bytes4(moved[far])])
+    load_at = load_at + move_bytes
     for form, last in ((short, 0x40), (~short, 0x80)):
         to, disp = register[form], displacement[form]
         tail = [disp // LINE] if last == 0x40 else _bytes4(disp)
         _put(code, load_at[form], [0x62, 0x61 | _high(to), 0x7C, 0x48, 0x10, (last | 7) + (to & 7) * 8, *tail])
 
-    _put(code, entry_at[fetched], [0x41, 0x0F, 0x18, 0x93, *_bytes4(np.arange(share) * LINE)])
-    entry_at = entry_at + 8 * fetched
+    _put(code, entry_at[fetched], [0x0F, 0x18, 0x90, *_bytes4(np.arange(share) * LINE)])
+    entry_at = entry_at + 7 * fetched
     _put(code, entry_at[step], [0x48, 0x81, 0xC6, *_bytes4(np.full(int(step.sum()), 4 * WINDOW))])
     source = register[load_of]
     _put(
@@ -150,14 +164,12 @@ def _group(row: I64, where: I64, rows: int, share: int) -> bytes:
 
 
 def _bases(address: I64) -> I64:
-    """What rdi holds at each load, less its value on entry: the middle of a window of 256 lines in which enough loads lie
-    that are whole lines apart, else what it was before."""
-    cell = (address - address[0]) // (WINDOW * LINE)
-    aligned = (address - address[0]) % LINE == 0
-    _, index, count = np.unique(cell[aligned], return_inverse=True, return_counts=True)
-    worth = np.zeros(address.size, bool)
-    worth[aligned] = count[index] >= REBASE
-    base = np.where(worth, address[0] + cell * (WINDOW * LINE) + WINDOW // 2 * LINE, 0)
+    """What rdi holds at each load, less its value on entry: the middle of the ``REACH`` bytes that hold the address, if
+    enough other loads are whole lines from there, else what it was before."""
+    place = address // REACH * LINE + address % LINE
+    _, index, count = np.unique(place, return_inverse=True, return_counts=True)
+    worth = count[index] >= REBASE
+    base = np.where(worth, address // REACH * REACH + REACH // 2 + address % LINE, 0)
     last = np.maximum.accumulate(np.where(worth, np.arange(address.size), -1))
     return np.where(last >= 0, base[np.maximum(last, 0)], 0)
 
