@@ -15,7 +15,7 @@ from ..formats.gather import GatherMatrix, encode
 from ..layout import Halo, Layout, Phases
 from ..target import CpuTarget
 from ..workload import ConvWorkload
-from . import aligned
+from . import aligned, unrolled_knobs
 from . import knobs as knobs_model
 from .gather_gemm import Gemm, Knobs, RowRun
 from .interleaved import whole_band
@@ -112,9 +112,11 @@ class ConvKernel:
 
 
 def _cut(work: npt.NDArray[np.int64], chunks: int) -> npt.NDArray[np.int32]:
-    """int32[chunks + 1]: the first of each chunk of row groups, so that chunks hold equal ``work``."""
+    """int32[chunks + 1]: the first of each chunk of row groups, so that chunks hold as equal ``work`` as they can."""
     total = np.concatenate([[0], np.cumsum(work)])
-    inner = np.searchsorted(total, total[-1] * np.arange(1, chunks) / chunks)
+    ideal = total[-1] * np.arange(1, chunks) / chunks
+    above = np.searchsorted(total, ideal)
+    inner = above - (ideal - total[np.maximum(above - 1, 0)] < total[above] - ideal)
     return np.concatenate([[0], inner, [work.size]]).astype(np.int32)
 
 
@@ -236,7 +238,8 @@ def _unrolled(
     """The kernel with the nonzeros as code; ``plain``: without them."""
     knobs = plain.knobs
     address, shares = offsets(wl, plain.src, channels), min(RUNS, knobs.vectors)
-    code = unrolled.encode(weight.reshape(wl.k, -1), address, wl.groups, knobs.rows, shares)
+    starts = unrolled_knobs.row_groups(wl.k, knobs, plain.dst)
+    code = unrolled.encode(weight.reshape(wl.k, -1), address, wl.groups, starts, shares)
     gemm = dataclasses.replace(plain, code=assemble(code, plain))
     cut = _cut(code.nonzeros + code.loads + 3 * np.diff(code.rows), knobs.chunks)
     data = code.data if code.data.size else np.zeros(1, np.float32)  # TVM has no empty tensors

@@ -217,10 +217,12 @@ def _chunks(total: int, vectors: int, groups: int, pieces: int = 8) -> int:
     """Pieces of the row groups that may run in parallel, where ``total`` vectors are few tiles: at least ``pieces`` of all,
     and an even number of them unless one more or less makes no difference to two threads."""
     tiles = -(-total // vectors)
-    chunks = max(1, pieces // tiles)
-    if tiles * chunks < EVEN:
-        chunks = _even(tiles, chunks)
-    return min(chunks, max(1, groups))
+    return min(even_pieces(tiles, max(1, pieces // tiles)), max(1, groups))
+
+
+def even_pieces(tiles: int, chunks: int) -> int:
+    """``chunks``, or one more where the pieces of all tiles would be few and an odd number."""
+    return _even(tiles, chunks) if tiles * chunks < EVEN else chunks
 
 
 def _even(tiles: int, chunks: int) -> int:

@@ -181,8 +181,8 @@ class ConvSite(PlacedSite):
         loop = model.cycles(wl, knobs, src, dst, target, taps, stored, copies=copied) * wl.k / knobs.rows * rows
         weights = stored * wl.k * wl.c / wl.groups * len(taps) * (4 if knobs.dense else 4 + 4 / knobs.rows)
         touched = model.footprint(wl, knobs, src, taps, copied) * wl.groups
-        tiles = rows * -(-unrolled_knobs.positions(dst) // (knobs.vectors * knobs.lanes))
-        return loop + unrolled_knobs.streaming(weights, touched, tiles, len(self.calls()), target)
+        runs = rows * unrolled_knobs.tiles(knobs, dst)
+        return loop + unrolled_knobs.streaming(weights, touched, runs, len(self.calls()), target)
 
     def looped(self, target: CpuTarget) -> Knobs:
         """The default of kernels that loop over columns."""

@@ -1,12 +1,12 @@
 """Knobs of straight code (``unrolled.py``): how many vectors a tile holds, and whether it pays at all.
 
 The model counts cycles of a layer. A vector of positions takes a multiply-add for each nonzero and loads that share the two
-load ports with their weights; starting, clipping and storing sums come on top. The code, 7 bytes a nonzero and about as many a
-load, is read again for each tile, from L2 or from behind it, and the first time at 3 bytes a cycle, which few vectors of few
-nonzeros do not hide. So layers of a vector or two, or of some nonzeros a sum, keep to the loop over offsets.
+load ports with their weights; starting, clipping and storing sums come on top. The code, 7 bytes a nonzero and about as many
+a load, is read again for each tile, from L2 or from behind it, and the first time at 3 bytes a cycle, which few vectors of
+few nonzeros do not hide. So layers of a vector or two, or of some nonzeros a sum, keep to the loop over offsets.
 
 Constants were fitted on Zen 4: to ResNet-50 with 90, 97 and 99% zeros in loops and in straight code, layer by layer in the
-networks (what the model chooses there takes 0.8% longer than the faster of both), and the height of tiles to 16 shapes alone.
+networks (what the model chooses there takes 0.8% longer than the faster of both), and tiles to 16 shapes alone.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from ..formats.unrolled import CODE, MOST_ROWS, cut_rows
 from ..layout import LINE
 from ..target import CpuTarget
 from ..workload import ConvWorkload
 from .gather_gemm import Knobs
-from .knobs import BAND_PIECES, Tap, footprint
+from .knobs import BAND_PIECES, Tap, even_pieces, footprint
 from .pointwise import Slot
 
 LOAD = (1.25, 1.4)  # cycles of an aligned load, and of one that crosses a line
@@ -32,6 +33,7 @@ CALL, SWITCH = 25.0, 500.0  # cycles to enter the code of a group, and more wher
 COLD_RATE, AGAIN_RATE = 3.0, 8.0  # bytes of code a cycle: the first time, and for another tile if L2 is too small
 DATA_RATE, STREAM_RATE = 8.0, 27.0  # bytes of weights or offsets a cycle, likewise
 L2_SHARE = 0.6  # of L2, for code and weights
+HALVED = 3  # groups from which on they are cut in halves
 WORTH = 1.02  # what must be gained for twice as many bytes
 USUAL, ELSE = 8, 0.01  # vectors of a tile that serve most layers; what others must gain for each factor of two
 
@@ -61,13 +63,27 @@ def fit(knobs: Knobs, wl: ConvWorkload, src: Slot, dst: Slot, target: CpuTarget)
 
 def candidates(dst: Slot) -> list[int]:
     """Vectors of a tile, of a row where images are interleaved: all, and half as many down to one."""
-    return sorted({even(1 << i, dst) for i in range(positions(dst).bit_length() - 3)})
+    total = -(-positions(dst) // LINE)
+    return sorted({even(1 << i, dst) for i in range(total.bit_length() + 1)})
 
 
 def even(vectors: int, dst: Slot) -> int:
     """The height of as many tiles as tiles of ``vectors`` would be, all of them as high as each other."""
     total = -(-positions(dst) // LINE)
     return -(-total // -(-total // vectors))
+
+
+def row_groups(k: int, knobs: Knobs, dst: Slot) -> npt.NDArray[np.int32]:
+    """int32[groups + 1]: first of the ``k`` output channels of each group. Where two threads share the groups of a tile,
+    both halves are alike."""
+    shared = knobs.chunks % 2 == 0 and tiles(knobs, dst) % 2 == 1 and dst.layout.interleave == 1
+    shared &= k > HALVED * knobs.rows
+    return cut_rows(k, knobs.rows, 2 if shared else 1)
+
+
+def tiles(knobs: Knobs, dst: Slot) -> int:
+    """Of a plane, of a row where images are interleaved."""
+    return -(-positions(dst) // (knobs.vectors * knobs.lanes))
 
 
 def positions(dst: Slot) -> int:
@@ -89,7 +105,7 @@ def cycles(
     mixed = dst.layout.interleave > 1
     columns = wl.c // wl.groups * len(taps)
     nonzeros = stored * columns * wl.k
-    sizes = np.diff(cut_rows(wl.k, knobs.rows))
+    sizes = np.diff(row_groups(wl.k, knobs, dst))
     groups = sizes.size
     sharing = np.minimum(sizes, wl.k / wl.groups)  # rows of a group that read the same channels
     loads = float((columns * sizes / sharing * (1 - (1 - stored) ** sharing)).sum())
@@ -100,18 +116,18 @@ def cycles(
     vector = max(nonzeros, nonzeros / 2 + each * loads) + STORE * wl.k + CALL * groups
     total = -(-positions(dst) // LINE)
     rows = dst.layout.n // dst.layout.interleave * dst.layout.h if mixed else 1
-    tiles = rows * -(-total // knobs.vectors)
+    runs = rows * tiles(knobs, dst)
     code = CODE[0] * nonzeros + CODE[1] * loads
     waiting = calls * max(0.0, code / COLD_RATE - vector)  # the first vector waits for code that is in no cache
     if code + 4 * nonzeros + touched > L2_SHARE * target.l2_bytes:
-        waiting += max(0, tiles - calls) * (code + 4 * nonzeros) / AGAIN_RATE
-    return rows * total * vector + SWITCH * groups * tiles + waiting + calls * 4 * nonzeros / DATA_RATE
+        waiting += max(0, runs - calls) * (code + 4 * nonzeros) / AGAIN_RATE
+    return rows * total * vector + SWITCH * groups * runs + waiting + calls * 4 * nonzeros / DATA_RATE
 
 
-def streaming(weights: float, touched: float, tiles: int, calls: int, target: CpuTarget) -> float:
-    """Cycles in which loops read ``weights`` bytes of weights and offsets for each of ``tiles``, which touch ``touched``
+def streaming(weights: float, touched: float, runs: int, calls: int, target: CpuTarget) -> float:
+    """Cycles in which loops read ``weights`` bytes of weights and offsets for each of ``runs``, tiles that touch ``touched``
     bytes of the source each, in ``calls``."""
-    again = max(0, tiles - calls) * weights / STREAM_RATE if weights + touched > L2_SHARE * target.l2_bytes else 0.0
+    again = max(0, runs - calls) * weights / STREAM_RATE if weights + touched > L2_SHARE * target.l2_bytes else 0.0
     return again + calls * weights / DATA_RATE
 
 
@@ -127,6 +143,6 @@ def choose(looped: Knobs, straight: Sequence[Knobs], cost: Callable[[Knobs], flo
 
 def pieces(wl: ConvWorkload, knobs: Knobs, dst: Slot) -> int:
     """Parallel pieces that the row groups are cut into, where tiles are few."""
-    tiles = -(-positions(dst) // (knobs.vectors * LINE))
     wanted = BAND_PIECES if dst.layout.interleave > 1 else 8
-    return max(1, min(-(-wanted // tiles), -(-wl.k // knobs.rows)))
+    chunks = even_pieces(tiles(knobs, dst), -(-wanted // tiles(knobs, dst)))
+    return max(1, min(chunks, -(-wl.k // knobs.rows)))

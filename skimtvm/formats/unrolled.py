@@ -1,10 +1,10 @@
 """Sparse rows as straight AVX-512 code: what ``schedules/unrolled.py`` runs in place of a list of offsets. NumPy only.
 
 Output channels are cut into groups of as many rows as registers hold sums. The code of a group visits the columns in which
-any of its rows has a nonzero, 16 KB of the source after the other: one load of the source, then a multiply-add for each row that
-needs it, whose weight is a broadcast memory operand. So a nonzero costs one multiply-add, 4 bytes of weights and 7 bytes of
-code; a load, which CSR repeats for every nonzero, is shared by 2.4 rows of 24 at 90% zeros, and by 3.1 of 30. Groups are full
-but for the last: 30 and 30 and 4 rows load less often than three times 21.
+any of its rows has a nonzero, 16 KB of the source after the other: one load of the source, then a multiply-add for each row
+that needs it, whose weight is a broadcast memory operand. So a nonzero costs one multiply-add, 4 bytes of weights and 7 bytes
+of code; a load, which CSR repeats for every nonzero, is shared by 2.4 rows of 24 at 90% zeros, and by 3.1 of 30. Groups are
+full but for the last: 30 and 30 and 4 rows load less often than three times 21.
 
 Registers: rdi = source, rsi = weights. Instructions (Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2,
 sections 2.7 and 5):
@@ -15,8 +15,8 @@ sections 2.7 and 5):
     add rsi, 1024                                7 bytes, after 256 weights
     prefetcht1 [rax + n]                         7 bytes
 
-Displacements of one byte count lines from rdi. So the columns of 256 lines of the source are visited tap by tap, or rather by
-the place in a line where their vectors begin, and rdi moves there once for all of them.
+Displacements of one byte count lines from rdi. So the columns of 256 lines of the source are visited tap by tap, or rather
+by the place in a line where their vectors begin, and rdi moves there once for all of them.
 
 Code that is not in a cache arrives slowly: no prefetcher of instructions runs far ahead. So the code of a group fetches that
 of the next one into L2, as data, a share of its lines with each of the vectors that it runs for: rax = where the share of
@@ -70,23 +70,33 @@ class RowCode:
         return np.diff(self.starts, append=self.data.size)
 
 
-def cut_rows(k: int, most: int = MOST_ROWS) -> npt.NDArray[np.int32]:
+def cut_rows(k: int, most: int = MOST_ROWS, parts: int = 1) -> npt.NDArray[np.int32]:
     """int32[groups + 1]: groups of ``most`` of ``k`` rows; the last has what is left, or some more at the cost of the one
-    before."""
-    groups = -(-k // most)
-    starts = np.minimum(np.arange(groups + 1) * most, k)
-    starts[-2] = max(0 if groups == 1 else starts[-3] + 1, min(starts[-2], k - min(LEAST_ROWS, most)))
-    return starts.astype(np.int32)
+    before. ``parts``: as equal as possible, each of which is cut so."""
+    ends = np.arange(parts + 1) * k // parts
+    starts = [low + _groups(high - low, most) for low, high in itertools.pairwise(ends.tolist())]
+    return np.append(np.concatenate(starts), k).astype(np.int32)
+
+
+def _groups(k: int, most: int) -> I64:
+    starts = np.arange(0, k, most)
+    if starts.size > 1:
+        starts[-1] = max(starts[-2] + 1, min(starts[-1], k - min(LEAST_ROWS, most)))
+    return starts
 
 
 def encode(
-    weight: F32, address: npt.NDArray[np.int32], conv_groups: int = 1, rows: int = MOST_ROWS, runs: int = 1
+    weight: F32,
+    address: npt.NDArray[np.int32],
+    conv_groups: int = 1,
+    starts: npt.NDArray[np.int32] | None = None,
+    runs: int = 1,
 ) -> RowCode:
     """f32[K, columns of a convolution group] -> code. ``address``: int32[columns of all convolution groups], floats from
-    the source to the tap of each column; ``rows``: most output channels of a group; ``runs``: of a group, after which the
-    next one's code has been fetched."""
+    the source to the tap of each column; ``starts``: of ``cut_rows``; ``runs``: of a group, after which the next one's code
+    has been fetched."""
     k, columns = weight.shape
-    starts = cut_rows(k, rows)
+    starts = cut_rows(k) if starts is None else starts
     first = np.arange(k) // (k // conv_groups) * columns  # column 0 of each row
     entries, data, loads = [], [], []
     for low, high in itertools.pairwise(starts.tolist()):

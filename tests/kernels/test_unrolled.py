@@ -86,7 +86,7 @@ def test_the_code_of_a_group_is_its_nonzeros(density: float, apart: int) -> None
 
 
 def test_loads_take_the_short_form() -> None:
-    """Nine taps on 64 channels of 58 x 58 planes: a new base for each 16 KB and tap, four bytes where only the tap changes."""
+    """Nine taps on 64 channels: a new base for each 16 KB and tap, of four bytes where only the tap changes."""
     rng = np.random.default_rng(3)
     weight = (rng.standard_normal((30, 64 * 9)) * (rng.random((30, 64 * 9)) < 0.1)).astype(np.float32)
     tap = np.add.outer(np.array([-58, 0, 58]), np.array([-1, 0, 1])).ravel()
@@ -100,6 +100,8 @@ def test_loads_take_the_short_form() -> None:
 @pytest.mark.parametrize("most", [1, 2, 3, 4, 5, 30])
 def test_groups_are_full_but_for_the_last(k: int, most: int) -> None:
     sizes = np.diff(cut_rows(k, most))
+    halves = np.diff(cut_rows(2 * k, most, 2))
+    assert (halves == [*sizes, *sizes]).all()
     assert sizes.sum() == k and sizes.min() >= 1 and sizes.max() <= most and sizes.size == -(-k // most)
     assert (sizes[:-2] == most).all() and (k <= most or sizes[-1] >= min(4, most) or sizes[-2] == 1)
     assert sizes[:-1].sum() >= most * (sizes.size - 1) - 3
