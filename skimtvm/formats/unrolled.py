@@ -1,8 +1,8 @@
 """Sparse rows as straight AVX-512 code: what ``schedules/unrolled.py`` runs in place of a list of offsets. NumPy only.
 
 Output channels are cut into groups of as many rows as registers hold sums. The code of a group visits the columns in which
-any of its rows has a nonzero, 16 KB of the source after the other: one load of the source, then a multiply-add for each row
-that needs it, whose weight is a broadcast memory operand. So a nonzero costs one multiply-add, 4 bytes of weights and 7 bytes
+any of its rows has a nonzero, 16 KB of the source after the other: one load, then a multiply-add for each row that needs it,
+whose weight is a broadcast memory operand. So a nonzero costs one multiply-add, 4 bytes of weights and 7 bytes
 of code; a load, which CSR repeats for every nonzero, is shared by 2.4 rows of 24 at 90% zeros, and by 3.1 of 30. Groups are
 full but for the last: 30 and 30 and 4 rows load less often than three times 21.
 
