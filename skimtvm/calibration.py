@@ -274,14 +274,15 @@ def _seen(kernel: Kernel, workload: Workload) -> Workload:
 
 
 def _place(workload: Workload) -> tuple[float, ...]:
-    """Where a shape lies: binary logarithms of output positions, input channels, output channels and taps. Kernel size
-    counts twice: 1x1 and 3x3 layers read their input in different ways."""
+    """Where a shape lies: binary logarithms of output positions, input channels, output channels, taps, stride and dilation.
+    Kernel size counts twice: 1x1 and 3x3 layers read their input in different ways."""
     if isinstance(workload, DenseWorkload):
-        return math.log2(workload.m), math.log2(workload.k), math.log2(workload.n), 0.0
+        return math.log2(workload.m), math.log2(workload.k), math.log2(workload.n), 0.0, 0.0, 0.0
     w = workload
     positions = w.n * w.out_h * w.out_w
     taps = 2 * math.log2(w.kh * w.kw)
-    return math.log2(positions), math.log2(w.c // w.groups), math.log2(w.k // w.groups), taps
+    shape = math.log2(positions), math.log2(w.c // w.groups), math.log2(w.k // w.groups)
+    return *shape, taps, math.log2(w.strides[0] * w.strides[1]), math.log2(w.dilation[0] * w.dilation[1])
 
 
 def family(kernel: Kernel, workload: Workload, interleave: int = 1) -> str:

@@ -47,6 +47,14 @@ def _conv(c: int, k: int, size: int, taps: int, rows: int = 0) -> ConvWorkload:
     return ConvWorkload(1, c, rows or size, size, k, taps, taps, padding=(pad,) * 4)
 
 
+def _other(c: int, k: int, size: int, taps: int, *, stride: int = 1, dilation: int = 1, groups: int = 1) -> ConvWorkload:
+    """Strided, dilated, depthwise."""
+    pad = taps // 2 * dilation
+    return ConvWorkload(
+        1, c, size, size, k, taps, taps, (stride,) * 2, (pad,) * 4, dilation=(dilation,) * 2, groups=groups
+    )
+
+
 @dataclass(frozen=True)
 class Grid:
     """``shapes`` at ``densities`` (the fraction of R x 1 blocks for block kernels); a kernel gives ``rounds`` samples.
@@ -66,6 +74,12 @@ FULL = Grid(
         *(_conv(c, k, size, 1) for c, k, size in ((64, 256, 56), (256, 64, 56), (128, 512, 28), (256, 1024, 14))),
         *(_conv(c, k, size, 1) for c, k, size in ((1024, 256, 14), (512, 2048, 7), (2048, 512, 7), (32, 64, 14))),
         *(_conv(c, k, size, 5) for c, k, size in ((48, 128, 27), (32, 96, 14), (48, 128, 7))),
+        *(_other(c, c, size, 3, stride=2) for c, size in ((128, 56), (512, 14))),
+        *(_other(c, k, size, 1, stride=2) for c, k, size in ((256, 512, 56), (1024, 2048, 14))),
+        _other(3, 64, 224, 7, stride=2),
+        *(_other(c, c, size, 3, dilation=2) for c, size in ((128, 28), (256, 14))),
+        *(_other(c, c, size, 3, groups=c) for c, size in ((96, 56), (512, 14))),
+        _other(144, 144, 56, 3, stride=2, groups=144),
         *(DenseWorkload(1, k, n) for k, n in ((256, 128), (512, 512), (1024, 1000), (2048, 1000), (4096, 4096))),
         *(DenseWorkload(m, 1024, 1000) for m in (2, 4, 16)),
     ),
@@ -87,8 +101,7 @@ QUICK = Grid(
 
 @dataclass(frozen=True)
 class Case:
-    """``kernel`` on ``workload`` at ``density`` of its blocks (1 for dense kernels); ``interleave``: images in a vector.
-    Planes are of convolutions of stride 1 that keep the size."""
+    """``kernel`` on ``workload`` at ``density`` of its blocks (1 for dense kernels); ``interleave``: images in a vector."""
 
     kernel: Kernel
     workload: Workload
@@ -100,6 +113,8 @@ def cases(workload: Workload, densities: Sequence[float], interleave: int = 1) -
     """Every kernel that can run a layer of this shape, the direct dense one first. A convolution stands for the native
     Winograd layer of its shape, too."""
     direct = applicable(workload)
+    if isinstance(workload, ConvWorkload) and workload.dilation != (1, 1):  # there, the others run between two copies
+        direct = tuple(k for k in direct if not k.winograd)
     for kernel in direct:
         for density in densities if kernel.rows else (1.0,):
             yield Case(kernel, workload, density, interleave)
@@ -134,8 +149,11 @@ def site(case: Case) -> tuple[Site, float]:
         src = interleaved(conv.n, conv.c, conv.h, conv.w, halo, case.interleave)
         dst = interleaved(*conv.out_shape, Halo(), case.interleave)
     else:
-        space = Space(conv.w + max(halo.left, halo.right), conv.h + max(halo.top, halo.bottom))
-        src, dst = (plane(conv.n, channels, conv.h, conv.w, space, halo) for channels in (conv.c, conv.k))
+        phases = conv2d.phases(conv)
+        h, w = phases.shape(conv.h, conv.w) if phases else (conv.h, conv.w)
+        space = Space(max(w, conv.out_w) + max(halo.left, halo.right), max(h, conv.out_h) + max(halo.top, halo.bottom))
+        src = plane(conv.n, conv.c * (len(phases.index) if phases else 1), h, w, space, halo)
+        dst = plane(conv.n, conv.k, conv.out_h, conv.out_w, space, halo)
     common |= {"workload": conv, "src": Slot(src, src.size), "dst": Slot(dst, dst.size)}
     m = wl.m if isinstance(wl, WinogradWorkload) else kernel.winograd
     if m:
