@@ -2,11 +2,11 @@
 
 The model counts cycles of a layer. A vector of positions takes a multiply-add for each nonzero and loads that share the two
 load ports with their weights; starting, clipping and storing sums come on top. The code, 7 bytes a nonzero and about as many
-a load, is read again for each tile, from L2 or from behind it, and the first time at 3 bytes a cycle, which few vectors of
+a load, is read again for each tile, from L2 or from behind it, and the first time at 2.5 bytes a cycle, which few vectors of
 few nonzeros do not hide. So layers of a vector or two, or of some nonzeros a sum, keep to the loop over offsets.
 
 Constants were fitted on Zen 4: to ResNet-50 with 90, 97 and 99% zeros in loops and in straight code, layer by layer in the
-networks (what the model chooses there takes 0.8% longer than the faster of both), and tiles to 16 shapes alone.
+networks (what the model chooses there takes 0.6% longer than the faster of both), and tiles to 16 shapes alone.
 """
 
 from __future__ import annotations
@@ -26,15 +26,14 @@ from .gather_gemm import Knobs
 from .knobs import BAND_PIECES, Tap, even_pieces, footprint
 from .pointwise import Slot
 
-LOAD = (1.25, 1.4)  # cycles of an aligned load, and of one that crosses a line
-FROM_L2, FROM_L3 = 0.8, 3.0  # cycles more of a load from there
-STORE = 3.0  # cycles to start, finish and store a sum
+LOAD = (1.5, 1.75)  # cycles of an aligned load, and of one that crosses a line
+FROM_L2, FROM_L3 = 0.5, 2.0  # cycles more of a load from there
+STORE = 4.0  # cycles to start, finish and store a sum
 CALL, SWITCH = 25.0, 500.0  # cycles to enter the code of a group, and more where another one ran before
-COLD_RATE, AGAIN_RATE = 3.0, 8.0  # bytes of code a cycle: the first time, and for another tile if L2 is too small
+COLD_RATE, AGAIN_RATE = 2.5, 16.0  # bytes of code a cycle: the first time, and for another tile if L2 is too small
 DATA_RATE, STREAM_RATE = 8.0, 27.0  # bytes of weights or offsets a cycle, likewise
 L2_SHARE = 0.6  # of L2, for code and weights
 HALVED = 3  # groups from which on they are cut in halves
-WORTH = 1.02  # what must be gained for twice as many bytes
 USUAL, ELSE = 8, 0.01  # vectors of a tile that serve most layers; what others must gain for each factor of two
 
 
@@ -111,8 +110,8 @@ def cycles(
     loads = float((columns * sizes / sharing * (1 - (1 - stored) ** sharing)).sum())
     aligned = mixed or all(t[1] == t[2] == 0 for t in taps)
     touched = footprint(wl, knobs, src, taps) * wl.groups
-    far = touched > L2_SHARE * target.l2_bytes
-    each = LOAD[not aligned] + (FROM_L3 if far else FROM_L2 if touched > target.l1_bytes else 0.0)
+    far = min(max(2 * touched / target.l2_bytes - 1, 0), 1)  # share of a tile that L2 does not keep
+    each = LOAD[not aligned] + (FROM_L2 + (FROM_L3 - FROM_L2) * far if touched > target.l1_bytes else 0.0)
     vector = max(nonzeros, nonzeros / 2 + each * loads) + STORE * wl.k + CALL * groups
     total = -(-positions(dst) // LINE)
     rows = dst.layout.n // dst.layout.interleave * dst.layout.h if mixed else 1
@@ -132,13 +131,13 @@ def streaming(weights: float, touched: float, runs: int, calls: int, target: Cpu
 
 
 def choose(looped: Knobs, straight: Sequence[Knobs], cost: Callable[[Knobs], float]) -> Knobs:
-    """``looped``, knobs of the kernel that loops over offsets, or the best of ``straight`` if it gains enough."""
+    """``looped``, knobs of the kernel that loops over offsets, or the best of ``straight`` if that is cheaper."""
 
     def weighed(knobs: Knobs) -> float:
         return cost(knobs) * (1 + ELSE * abs(math.log2(knobs.vectors / USUAL)))
 
     best = min(straight, key=weighed, default=looped)
-    return best if best.unrolled and weighed(best) * WORTH < cost(looped) else looped
+    return best if best.unrolled and weighed(best) < cost(looped) else looped
 
 
 def pieces(wl: ConvWorkload, knobs: Knobs, dst: Slot) -> int:
