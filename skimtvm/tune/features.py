@@ -24,6 +24,7 @@ NAMES = (
     "footprint / that of the default", "ahead", "window", "aligned", "copied lines / multiply-adds",
     "model cycles / those of the default", "straight code",
 )  # fmt: skip
+MODEL = NAMES.index("model cycles / those of the default")
 
 
 def features(task: Task, candidates: Sequence[AnyKnobs]) -> F32:

@@ -16,7 +16,7 @@ from ..schedules.fc_knobs import FcKnobs
 from ..schedules.gather_gemm import Knobs
 from ..schedules.sites import AnyKnobs
 from ..schedules.winograd import WinogradKnobs
-from .features import F32, features
+from .features import F32, MODEL, features
 from .tasks import Task
 
 BATCH = 8
@@ -180,7 +180,7 @@ class Search:
             return []
         x = np.stack([self.x[k] for k in rest])
         if len(self.samples) < FEW:
-            return [rest[i] for i in np.argsort(x[:, -1], kind="stable")]
+            return [rest[i] for i in np.argsort(x[:, MODEL], kind="stable")]
         model = Model(self.seed)
         # Trials of this task count for more than those of others.
         weights = np.ones(len(self.samples), np.float32)

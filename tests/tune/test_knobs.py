@@ -168,6 +168,6 @@ def test_versions_do_not_depend_on_the_choice_of_knobs(monkeypatch: pytest.Monke
     """Both forms of an unstructured layer are hashed, whatever the cost model prefers."""
     target = TARGETS["znver4"]
     known = version.__wrapped__("csr_conv2d", target)  # without its cache
-    for worth in (0.0, 1e9):
-        monkeypatch.setattr(unrolled_knobs, "WORTH", worth)
+    for cycles in (0.0, 1e9):
+        monkeypatch.setattr(unrolled_knobs, "STORE", cycles)
         assert version.__wrapped__("csr_conv2d", target) == known

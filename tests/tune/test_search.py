@@ -124,6 +124,14 @@ def test_the_comparison_of_searches_runs(tmp_path: Path) -> None:
     assert all(f["guided_gain"] >= 1 and f["random_gain"] >= 1 for f in found) and "of 2 reach 95%" in done.stdout
 
 
+def test_before_there_are_trials_the_cheapest_by_the_model_come_first() -> None:
+    t = task(WIDE)
+    space = [k for k in WIDE.space(t.target) if k != WIDE.default(t.target)]
+    cheapest = sorted(WIDE.cycles(k, t.target) for k in space)
+    asked = Search(t, "xgboost").ask(8)[:4]
+    assert [WIDE.cycles(k, t.target) for k in asked] == pytest.approx(cheapest[:4], rel=0.05)
+
+
 def test_winners_of_other_layers_come_first() -> None:
     pytest.importorskip("xgboost")
     t = task(WIDE)
