@@ -14,6 +14,7 @@ from skimtvm.layout import Halo
 from skimtvm.ops.packing import unpack
 from skimtvm.schedules.pointwise import Instr, Program
 from skimtvm.schedules.unrolled import fused
+from skimtvm.schedules.unrolled_knobs import tiles
 from skimtvm.target import TARGETS
 
 from ..tune.samples import conv_site
@@ -188,6 +189,19 @@ def test_hot_code_is_inline_and_shared_code_stands_once() -> None:
     assert gemm.code is not None and gemm.code.groups == 2 and ".ifndef" in gemm.code.text
     again = make(W(1, 32, 28, 40, 3, p=1), ZEN4, "csr", residual=True, **UNROLLED).kernel.gemm
     assert again == gemm and hash(again) == hash(gemm)
+
+
+def test_two_threads_share_a_tile_evenly() -> None:
+    """One tile of all positions: nine groups of 30 would be five and four."""
+    site = conv_site(c=32, size=14, k=256, density=0.1)
+    knobs = next(k for k in site.space(ZEN4).unrolled if k.vectors == 14)
+    assert knobs.chunks == 8
+    _, rows, cut, *_ = site.build(knobs, ZEN4).constants
+    assert rows[cut[4]] == 128 and list(np.diff(rows)) == 2 * [30, 30, 30, 30, 8]
+    apart = conv_site(c=32, size=28, k=64, density=0.1)  # whole tiles for each thread, but for the one in the middle
+    knobs = next(k for k in apart.space(ZEN4).unrolled if tiles(k, apart.dst) == 7)
+    _, rows, cut, *_ = apart.build(knobs, ZEN4).constants
+    assert list(rows) == [0, 30, 60, 64] and list(cut) == [0, 1, 3]
 
 
 def test_who_takes_straight_code() -> None:
