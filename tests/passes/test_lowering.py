@@ -191,7 +191,7 @@ def test_dump_keeps_to_its_own_files(tmp_path: Any) -> None:
     net = Net(1, 4, 6, 6)
     model = net.model(net.conv("x", 4, 4, density=0.3))
     for _ in range(2):  # a second dump replaces the first
-        compile_model(model, CompileOptions(dump_ir=tmp_path / "ir"))
+        compile_model(model, CompileOptions(dump_ir=tmp_path / "ir", calibration="none"))
     names = sorted(f.name for f in (tmp_path / "ir").iterdir())
     assert [n for n in names if n.endswith(".py")] == [
         "00_import.py", "01_simplify.py", "02_fuse_layers.py", "03_lower_layers.py", "04_legalize_rest.py",
@@ -199,5 +199,5 @@ def test_dump_keeps_to_its_own_files(tmp_path: Any) -> None:
     assert "f32_csr_conv2d" in (tmp_path / "ir" / "03_lower_layers.py").read_text()
     (tmp_path / "ir" / "notes.md").write_text("mine")
     with pytest.raises(OutputExists, match="holds other files"):
-        compile_model(model, CompileOptions(dump_ir=tmp_path / "ir"))
+        compile_model(model, CompileOptions(dump_ir=tmp_path / "ir", calibration="none"))
     assert (tmp_path / "ir" / "notes.md").read_text() == "mine"
