@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from ..errors import InternalError
 from ..formats import unrolled
-from ..formats.gather import GatherMatrix, encode
+from ..formats.gather import GatherMatrix, cut, encode
 from ..layout import Halo, Layout, Phases
 from ..target import CpuTarget
 from ..workload import ConvWorkload
@@ -111,21 +111,12 @@ class ConvKernel:
     stored_bytes: int
 
 
-def _cut(work: npt.NDArray[np.int64], chunks: int) -> npt.NDArray[np.int32]:
-    """int32[chunks + 1]: the first of each chunk of row groups, so that chunks hold as equal ``work`` as they can."""
-    total = np.concatenate([[0], np.cumsum(work)])
-    ideal = total[-1] * np.arange(1, chunks) / chunks
-    above = np.searchsorted(total, ideal)
-    inner = above - (ideal - total[np.maximum(above - 1, 0)] < total[above] - ideal)
-    return np.concatenate([[0], inner, [work.size]]).astype(np.int32)
-
-
 def _cuts(m: GatherMatrix, chunks: int) -> npt.NDArray[np.int32]:
     """First row group of each chunk, so that chunks hold equal numbers of entries."""
     if m.dense or m.column.size == 0:
         return np.linspace(0, m.groups, chunks + 1).astype(np.int32)
     per_group = np.diff(m.ip).reshape(m.blocks, m.groups).sum(axis=0)
-    return _cut(per_group + 4, chunks)  # + 4: starting and storing a group costs too
+    return cut(per_group + 4, chunks)  # + 4: starting and storing a group costs too
 
 
 def copies(wl: ConvWorkload, src: Slot, vectors: int, lanes: int) -> aligned.Copies:
@@ -239,9 +230,10 @@ def _unrolled(
     knobs = plain.knobs
     address, shares = offsets(wl, plain.src, channels), min(RUNS, knobs.vectors)
     starts = unrolled_knobs.row_groups(wl.k, knobs, plain.dst)
-    code = unrolled.encode(weight.reshape(wl.k, -1), address, wl.groups, starts, shares)
+    block = knobs.channel_block * wl.kh * wl.kw
+    code = unrolled.encode(weight.reshape(wl.k, -1), address, wl.groups, starts, shares, block, knobs.chunks)
+    plain = dataclasses.replace(plain, runs=(dataclasses.replace(plain.runs[0], blocks=code.blocks),))
     gemm = dataclasses.replace(plain, code=assemble(code, plain))
-    cut = _cut(code.nonzeros + code.loads + 3 * np.diff(code.rows), knobs.chunks)
     data = code.data if code.data.size else np.zeros(1, np.float32)  # TVM has no empty tensors
     stored = data.nbytes + sum(map(len, code.code))
-    return ConvKernel(gemm, (data, code.rows, cut, *_places(gemm)), stored)
+    return ConvKernel(gemm, (data, code.rows, code.cut, *_places(gemm)), stored)

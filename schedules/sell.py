@@ -33,6 +33,7 @@ import numpy.typing as npt
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as B
 
+from ..formats.gather import cut
 from ..formats.sell import SIGMA, STEPS, encode
 from ..target import CpuTarget
 from ..workload import DenseWorkload
@@ -55,15 +56,13 @@ def build(
     matrix = encode(np.ascontiguousarray(weight.T), lanes, knobs.window)
     runs = -(-wl.n // SIGMA)
     starts = np.minimum(np.arange(runs + 1) * (SIGMA // lanes), matrix.slices)
-    work = matrix.ip[starts] + starts  # a slice costs about a bundle
     chunks = min(knobs.chunks, runs)
-    cut = np.searchsorted(work, work[-1] * np.arange(chunks + 1) / chunks).astype(np.int32)
-    cut[-1] = runs
+    pieces = cut(np.diff(matrix.ip[starts] + starts), chunks)  # a slice costs about a bundle
     order = (matrix.order % SIGMA).astype(np.uint8)
     streams = [matrix.base, matrix.index.reshape(-1), matrix.data.reshape(-1)]
     if not matrix.bundles:  # no buffer is empty
         streams = [np.zeros(size, s.dtype) for size, s in zip((1, lanes, STEPS * lanes), streams, strict=True)]
-    constants = (order, matrix.ip, *streams, cut)
+    constants: tuple[npt.NDArray[Any], ...] = (order, matrix.ip, *streams, pieces)
     name = f"f32_sell_fc_{wl.m}x{lanes}w{knobs.window}_{target.isa}"
     key = ("sell", wl, epilogue, tensors, knobs)
     make = lambda: _emit(wl, epilogue, tensors, lanes, knobs, chunks)

@@ -167,13 +167,11 @@ class ConvSite(PlacedSite):
 
     def default(self, target: CpuTarget) -> Knobs:
         looped = self.looped(target)
-        straight = unrolled_knobs.space(self.workload, self.src, self.dst, target) if self.kernel == "csr" else ()
-        return unrolled_knobs.choose(looped, straight, lambda knobs: self.cycles(knobs, target))
+        return unrolled_knobs.choose(looped, self.straight(target), lambda knobs: self.cycles(knobs, target))
 
     def cycles(self, knobs: Knobs, target: CpuTarget) -> float:
         """What the model expects of the layer."""
-        taps = conv2d.taps(self.workload, interleaved=self.dst.layout.interleave > 1)
-        wl, src, dst, stored = self.workload, self.src, self.dst, self.stored
+        wl, src, dst, stored, taps = self.workload, self.src, self.dst, self.stored, self.taps
         if knobs.unrolled:
             return unrolled_knobs.cycles(wl, knobs, src, dst, target, taps, stored, len(self.calls()))
         rows = dst.layout.n // dst.layout.interleave * dst.layout.h if dst.layout.interleave > 1 else 1
@@ -195,8 +193,17 @@ class ConvSite(PlacedSite):
         loops = model.conv_space(self.workload, self.dst, self.looped(target), target, threads, self.copies)
         if self.kernel != "csr":
             return loops
-        straight = unrolled_knobs.space(self.workload, self.src, self.dst, target)
-        return dataclasses.replace(loops, start=self.default(target), unrolled=straight)
+        return dataclasses.replace(loops, start=self.default(target), unrolled=self.straight(target))
+
+    def straight(self, target: CpuTarget) -> tuple[Knobs, ...]:
+        """Legal knobs of straight code."""
+        if self.kernel != "csr":
+            return ()
+        return unrolled_knobs.space(self.workload, self.src, self.dst, target, self.taps)
+
+    @property
+    def taps(self) -> list[model.Tap]:
+        return conv2d.taps(self.workload, interleaved=self.dst.layout.interleave > 1)
 
     def adapt(self, knobs: Any, target: CpuTarget, threads: int = 1) -> Knobs | None:
         assert isinstance(knobs, Knobs)
@@ -376,6 +383,6 @@ def _samples(kernel: str, op: str, target: CpuTarget) -> list[tuple[Site, dict[s
     ]
     if kernel == "csr":
         samples.append((conv, looped | {"channel_block": 2, "aligned": True}))
-        straight = unrolled_knobs.space(wl, *slots, target)
-        samples += [(conv, dataclasses.asdict(k)) for k in straight[:1]]
+        straight = [dataclasses.asdict(k) for k in conv.straight(target)[:1]]
+        samples += [(conv, knobs | block) for knobs in straight for block in ({}, {"channel_block": 2})]
     return samples

@@ -1,14 +1,15 @@
 """The gather GEMM of unstructured sparsity as straight code: a load of the source serves up to 30 output channels.
 
     for tile, chunk in parallel:              # tiles of V vectors; chunks of row groups, cut by nonzeros
-        for g in row groups of the chunk:
-            for v in vectors of the tile:
-                code[g](src + q + v, data, out)
+        for block in channel blocks:          # one, unless the source of a tile is too large for L2
+            for g in row groups of the chunk:
+                for v in vectors of the tile:
+                    code[block, g](src + q + v, data, out)
 
 A CSR row loads a vector of the source for every multiply-add, which bounds it to half of the peak. Here the sums of up to 30
 output channels are in registers and the code of their group (``formats/unrolled.py``) names them, so that one load serves
 every channel that needs it; weights are broadcast operands. The code is as long as the layer has nonzeros. It stays in L1
-(or L2) while the vectors of a tile pass, as the source does while the groups pass.
+(or L2) while the vectors of a tile pass, as the source does while the groups pass. Between blocks sums wait in ``out``.
 
 What is repeated for each nonzero comes as bytes; what surrounds it, here, as assembler text that LLVM reads with the kernel:
 start values, residual, clipping, the mask of positions that are no pixel, and the store. Longer epilogues run in a loop on
@@ -29,6 +30,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,7 +39,7 @@ from tvm.script.ir_builder import tirx as B
 
 from ..formats.unrolled import WINDOW, RowCode
 from ..layout import LINE
-from .emit import fetch, store, streams, vector
+from .emit import fetch, loop, store, streams, vector
 from .gather_gemm import Body, Gemm, Tile, span
 from .pointwise import Program, split_bias
 
@@ -46,16 +48,17 @@ RUNS = 16  # vectors of a tile with which a group fetches the next one's code
 
 @dataclass(frozen=True)
 class Code:
-    """Assembled row groups of a layer. ``name``: of the function
+    """Assembled row groups of a layer, one after the other for each of ``blocks`` of columns. ``name``: of the function
 
         void name(const float *src, const float *data, float *out, const float *bias, const float *residual, int64 g)
 
-    that computes one vector of the rows of a group; it holds a hash of ``text``, LLVM IR that defines it; ``fused``:
-    the epilogue is in it. Bits of ``g``: 0
+    that computes one vector of the rows of a group, or adds a block of columns to it; it holds a hash of ``text``, LLVM IR
+    that defines it; ``fused``: the epilogue is in it. Bits of ``g``: 0
     to 31 the group, 32 to 47 the lanes that count, from 48 on which share of the next group's code to fetch."""
 
     name: str
     groups: int
+    blocks: int
     fused: bool
     text: str = field(compare=False, repr=False)
 
@@ -92,27 +95,36 @@ def assemble(code: RowCode, gemm: Gemm) -> Code:
     masked = gemm.masked and steps is not None
     store_as = "vmovntps" if streams(gemm.stored) and steps is not None else "vmovups"
     residual = gemm.tensors[0].layout.c_pitch if gemm.tensors else 0
+    pitch, pieces = 4 * gemm.dst.layout.c_pitch, len(code.code)
     lines = [
         ".text", ".p2align 6", ".type NAME,@function", "NAME:",
         "movl %r9d, %eax", "shrq $32, %r9", "leaq NAME_groups(%rip), %r10", "movslq (%r10,%rax,4), %rax",
         "addq %r10, %rax", *(["kmovw %r9d, %k1"] if masked else []), "shrl $16, %r9d", "jmp *%rax",
-        ".p2align 2", "NAME_groups:", *(f".long NAME_{g} - NAME_groups" for g in range(code.groups)),
+        ".p2align 2", "NAME_groups:", *(f".long NAME_{g} - NAME_groups" for g in range(pieces)),
     ]  # fmt: skip
     for g, body in enumerate(code.code):
-        rows = range(int(code.rows[g + 1] - code.rows[g]))
+        of = g % code.groups
+        rows = range(int(code.rows[of + 1] - code.rows[of]))
         lines += [".p2align 6", f"NAME_{g}:", f"addq ${4 * int(code.starts[g]) + 2 * WINDOW}, %rsi"]
-        lines += [f"leaq NAME_{(g + 1) % code.groups}(%rip), %rax"]
+        lines += [f"leaq NAME_{code.following[g]}(%rip), %rax"]
         lines += [f"imull ${LINE * 4 * code.shares[g]}, %r9d, %r9d", "addq %r9, %rax"]
-        lines += [f"vbroadcastss {4 * r}(%rcx), %zmm{r}" if bias else f"vpxord %zmm{r}, %zmm{r}, %zmm{r}" for r in rows]
+        if g >= code.groups:
+            lines += [f"vmovups {r * pitch}(%rdx), %zmm{r}" for r in rows]
+        elif bias:
+            lines += [f"vbroadcastss {4 * r}(%rcx), %zmm{r}" for r in rows]
+        else:
+            lines += [f"vpxord %zmm{r}, %zmm{r}, %zmm{r}" for r in rows]
         lines += _literal(body)
-        lines += _finish(rows, steps or (), masked, residual)
-        lines += [f"{store_as} %zmm{r}, {4 * r * gemm.dst.layout.c_pitch}(%rdx)" for r in rows]
+        last = g >= pieces - code.groups
+        lines += _finish(rows, (steps or ()) if last else (), masked and last, residual)
+        lines += [f"{store_as if last else 'vmovups'} %zmm{r}, {r * pitch}(%rdx)" for r in rows]
         lines += ["vzeroupper", "retq"]
     name = "skimtvm_rows_" + hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
     # Kernels of several batch sizes may share code: it is assembled once.
     lines = [f".ifndef {name}", *(line.replace("NAME", name) for line in lines), ".endif"]
     text = "\n".join(f'module asm "{line}"' for line in lines)
-    return Code(name, code.groups, steps is not None, f"{text}\ndeclare void @{name}(ptr, ptr, ptr, ptr, ptr, i64)\n")
+    text += f"\ndeclare void @{name}(ptr, ptr, ptr, ptr, ptr, i64)\n"
+    return Code(name, code.groups, code.blocks, steps is not None, text)
 
 
 def _literal(code: bytes) -> Iterator[str]:
@@ -145,6 +157,12 @@ def _finish(rows: range, steps: tuple[tuple[str, float, float], ...], masked: bo
             yield f"vmovaps %zmm{r}, %zmm{r} {{%k1}} {{z}}"
 
 
+@contextmanager
+def _only_if(condition: Any) -> Iterator[None]:
+    with B.If(condition), B.Then():
+        yield
+
+
 class UnrolledBody(Body):
     """The loops around the code of a layer."""
 
@@ -169,17 +187,22 @@ class UnrolledBody(Body):
         q = Tile(self.gemm, row, B.bind(first_vector + (tile - first_tile) * vectors), self.band)
         edges = {"first": tile if first_tile == 0 else None, "last": tile if first_tile + count == total else None}
         q.at(0, self.gemm.strides), q.at(-1)  # bound out here
-        with span(self.cut[chunk], self.cut[chunk + 1]) as i:
+        assert self.gemm.code is not None
+        blocks = self.gemm.code.blocks
+        every = loop(blocks) if blocks > 1 else nullcontext(0)
+        with every as block, span(self.cut[chunk], self.cut[chunk + 1]) as i:
             g = B.bind(i)
             first = B.bind(self.rows[g])
+            piece = B.bind(block * self.gemm.code.groups + g) if blocks > 1 else g
             with B.serial(0, vectors) as v:
-                self._fetch(q, vectors, g * vectors + v)
-                self._call(q, g, first, v)
+                self._fetch(q, vectors, piece * vectors + v)
+                self._call(q, piece, first, v)
             rows = B.bind(self.rows[g + 1] - first)
-            if not self.fused:
-                self._apply(q, first, rows, vectors)
-            if self.mask is not None:
-                self._zero_edges(first, rows, edges, total)
+            with _only_if(block == blocks - 1) if blocks > 1 else nullcontext():
+                if not self.fused:
+                    self._apply(q, first, rows, vectors)
+                if self.mask is not None:
+                    self._zero_edges(first, rows, edges, total)
 
     def _call(self, q: Tile, g: Any, first: Any, v: Any) -> None:
         gemm, code = self.gemm, self.gemm.code
@@ -206,7 +229,7 @@ class UnrolledBody(Body):
         if not gemm.interleaved:
             return
         assert gemm.code is not None
-        share = -(-gemm.lines(vectors) // (gemm.code.groups * vectors))
+        share = -(-gemm.lines(vectors) // (gemm.code.groups * gemm.code.blocks * vectors))
         ahead = gemm.below * gemm.src.layout.row_pitch + gemm.lines(vectors) * LINE
         following = B.bind(gemm.src.base + q.at(0, gemm.strides) + ahead + part * (share * LINE))
         with B.serial(0, share) as i:

@@ -43,6 +43,15 @@ class GatherMatrix:
         return self.ip.nbytes + self.column.nbytes + self.data.nbytes
 
 
+def cut(work: npt.NDArray[np.int64], chunks: int) -> I32:
+    """int32[chunks + 1]: the first of each chunk of row groups, so that chunks hold as equal ``work`` as they can."""
+    total = np.concatenate([[0], np.cumsum(work)])
+    ideal = total[-1] * np.arange(1, chunks) / chunks
+    above = np.searchsorted(total, ideal)
+    inner = above - (ideal - total[np.maximum(above - 1, 0)] < total[above] - ideal)
+    return np.concatenate([[0], inner, [work.size]]).astype(np.int32)
+
+
 def encode(weight: F32, *, conv_groups: int, rows: int, channel_block: int, dense: bool) -> tuple[GatherMatrix, ...]:
     """f32[K, C / conv_groups, kh, kw] -> one GatherMatrix, or two when ``rows`` does not divide K.
 

@@ -33,6 +33,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from .gather import cut
+
 F32 = npt.NDArray[np.float32]
 I64 = npt.NDArray[np.int64]
 
@@ -44,30 +46,34 @@ REACH = WINDOW * LINE  # bytes of the source
 CODE = (7.1, 7.5)  # bytes of a multiply-add, and of a load
 EDGES = 30  # bytes of a sum's start and store
 REBASE = 3  # loads that a new base of theirs shortens by more than it costs
+SUM_WORK = 3  # multiply-adds or loads that a sum's start and store are worth
 LEAST_ROWS = 4  # of the last group, so that its sums hide the latency of a multiply-add
 
 
 @dataclass(frozen=True, eq=False)
 class RowCode:
-    """``rows``: int32[groups + 1], first output channel of each group; ``code``: the instructions of each group; ``starts``:
-    int64[groups], floats of ``data`` before its weights; ``data``: f32[nonzeros], in the order of the code; ``loads``:
-    int64[groups]; ``shares``: lines of the next group that each run fetches."""
+    """``rows``: int32[groups + 1], first output channel of each group; ``code``: the instructions of each piece, which is a
+    group on a block of columns, blocks outermost; ``starts``: int64[pieces], floats of ``data`` before its weights;
+    ``data``: f32[nonzeros], in the order of the code; ``loads``: int64[pieces]; ``cut``: int32[chunks + 1], first group of
+    each chunk, which hold equal work; ``following``: of each piece the next one, where chunks run one after the other;
+    ``shares``: lines of that which each run fetches."""
 
     rows: npt.NDArray[np.int32]
     code: tuple[bytes, ...]
     starts: I64
     data: F32
     loads: I64
+    cut: npt.NDArray[np.int32]
+    following: tuple[int, ...]
     shares: tuple[int, ...]
 
     @property
     def groups(self) -> int:
-        return len(self.code)
+        return self.rows.size - 1
 
     @property
-    def nonzeros(self) -> I64:
-        """Of each group."""
-        return np.diff(self.starts, append=self.data.size)
+    def blocks(self) -> int:
+        return len(self.code) // self.groups
 
 
 def cut_rows(k: int, most: int = MOST_ROWS, parts: int = 1) -> npt.NDArray[np.int32]:
@@ -91,16 +97,21 @@ def encode(
     conv_groups: int = 1,
     starts: npt.NDArray[np.int32] | None = None,
     runs: int = 1,
+    block: int = 0,
+    chunks: int = 1,
 ) -> RowCode:
     """f32[K, columns of a convolution group] -> code. ``address``: int32[columns of all convolution groups], floats from
-    the source to the tap of each column; ``starts``: of ``cut_rows``; ``runs``: of a group, after which the next one's code
-    has been fetched."""
+    the source to the tap of each column; ``starts``: of ``cut_rows``; ``runs``: of a piece, after which the next one's code
+    has been fetched; ``block``: columns of a block, 0 for all; ``chunks``: that run all their blocks
+    before the next."""
     k, columns = weight.shape
     starts = cut_rows(k) if starts is None else starts
     first = np.arange(k) // (k // conv_groups) * columns  # column 0 of each row
     entries, data, loads = [], [], []
-    for low, high in itertools.pairwise(starts.tolist()):
-        row, column = np.nonzero(weight[low:high])
+    blocks = range(0, columns, block or columns)
+    for begin, (low, high) in itertools.product(blocks, itertools.pairwise(starts.tolist())):
+        row, column = np.nonzero(weight[low:high, begin : begin + (block or columns)])
+        column += begin
         where = address[first[low + row] + column].astype(np.int64) * 4
         order = np.lexsort((row, where, where % LINE, where // REACH))
         row, where = row[order], where[order]
@@ -112,10 +123,29 @@ def encode(
         math.ceil((CODE[0] * n + CODE[1] * m + EDGES * e[2]) / LINE)
         for n, m, e in zip(sizes, loads, entries, strict=True)
     ]
-    shares = tuple(min(-(-lines[(g + 1) % len(lines)] // runs), int(n)) for g, n in enumerate(sizes))
+    height = np.diff(starts)
+    work = (sizes + np.array(loads)).reshape(len(blocks), -1) + SUM_WORK * height
+    pieces = cut(work.sum(axis=0), chunks)
+    turns = [
+        b * height.size + g
+        for low, high in itertools.pairwise(pieces.tolist())
+        for b in range(len(blocks))
+        for g in range(low, high)
+    ]
+    following = dict(zip(turns, [*turns[1:], turns[0]], strict=True))
+    shares = tuple(min(-(-lines[following[g]] // runs), int(n)) for g, n in enumerate(sizes))
     codes = tuple(_group(*e, share) for e, share in zip(entries, shares, strict=True))
     values = np.concatenate(data).astype(np.float32)
-    return RowCode(starts, codes, np.cumsum(sizes) - sizes, values, np.array(loads), shares)
+    return RowCode(
+        rows=starts,
+        code=codes,
+        starts=np.cumsum(sizes) - sizes,
+        data=values,
+        loads=np.array(loads),
+        cut=pieces,
+        following=tuple(following[g] for g in range(sizes.size)),
+        shares=shares,
+    )
 
 
 def _group(row: I64, where: I64, rows: int, share: int) -> bytes:

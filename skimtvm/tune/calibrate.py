@@ -47,7 +47,9 @@ def _conv(c: int, k: int, size: int, taps: int, rows: int = 0) -> ConvWorkload:
     return ConvWorkload(1, c, rows or size, size, k, taps, taps, padding=(pad,) * 4)
 
 
-def _other(c: int, k: int, size: int, taps: int, *, stride: int = 1, dilation: int = 1, groups: int = 1) -> ConvWorkload:
+def _other(
+    c: int, k: int, size: int, taps: int, *, stride: int = 1, dilation: int = 1, groups: int = 1
+) -> ConvWorkload:
     """Strided, dilated, depthwise."""
     pad = taps // 2 * dilation
     return ConvWorkload(

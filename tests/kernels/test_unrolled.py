@@ -12,6 +12,7 @@ import pytest
 from skimtvm.formats.unrolled import MOST_ROWS, cut_rows, encode
 from skimtvm.layout import Halo
 from skimtvm.ops.packing import unpack
+from skimtvm.schedules.knobs import footprint
 from skimtvm.schedules.pointwise import Instr, Program
 from skimtvm.schedules.unrolled import fused
 from skimtvm.schedules.unrolled_knobs import tiles
@@ -25,7 +26,8 @@ from .test_interleaved import check as check_interleaved
 from .test_interleaved import streams
 
 ZEN4, AVX2 = TARGETS["znver4"], TARGETS["haswell"]
-UNROLLED: dict[str, Any] = {"unrolled": True, "rows": MOST_ROWS, "lanes": 16, "aligned": False}
+WITHOUT_ROWS: dict[str, Any] = {"unrolled": True, "lanes": 16, "aligned": False}
+UNROLLED = WITHOUT_ROWS | {"rows": MOST_ROWS}
 BIAS_CLIP = Program((Instr("add", ("t0", "c0")), Instr("clip", ("v0", "s0", "s1"))), 1, 1, scalars=(-0.25, 1.5))
 
 
@@ -86,6 +88,29 @@ def test_the_code_of_a_group_is_its_nonzeros(density: float, apart: int) -> None
     assert list(code.loads) == loads, "one load a column and group"
 
 
+def test_blocks_hold_their_columns_and_fetch_what_runs_next() -> None:
+    """Two chunks of row groups, each of which runs three blocks of columns."""
+    rng = np.random.default_rng(3)
+    weight = (rng.standard_normal((120, 300)) * (rng.random((120, 300)) < 0.3)).astype(np.float32)
+    address = (np.arange(300) * 16).astype(np.int32)
+    code = encode(weight, address, runs=3, block=128, chunks=2)
+    assert (code.groups, code.blocks) == (4, 3) and list(code.cut) == [0, 2, 4]
+    got = np.zeros_like(weight)
+    for piece, (start, body) in enumerate(zip(code.starts, code.code, strict=True)):
+        block, group = divmod(piece, code.groups)
+        for row, where, entry in run(body):
+            assert 128 * block <= where // 64 < 128 * (block + 1)
+            got[code.rows[group] + row, where // 64] = code.data[start + entry]
+    np.testing.assert_array_equal(got, weight)
+    piece, order = 0, []
+    for _ in code.code:
+        order.append(piece)
+        piece = code.following[piece]
+    assert order == [0, 1, 4, 5, 8, 9, 2, 3, 6, 7, 10, 11] and piece == 0
+    for piece, share in enumerate(code.shares):
+        assert abs(share * 3 * 64 - len(code.code[code.following[piece]]) - 30 * 30) < 0.2 * share * 3 * 64
+
+
 def test_loads_take_the_short_form() -> None:
     """Nine taps on 64 channels: a new base for each 16 KB and tap, of four bytes where only the tap changes."""
     rng = np.random.default_rng(3)
@@ -120,10 +145,30 @@ def test_interleaved_matches_float64(name: str, fmt: str) -> None:
     check_interleaved(INTERLEAVED[name], fmt, ZEN4, vectors=3, residual=fmt == "csr", **UNROLLED)
 
 
+@pytest.mark.parametrize("fmt", ["csr", "csr-full", "csr-empty"])
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_blocks_of_channels(name: str, fmt: str) -> None:
+    """Sums that wait in the output, of groups in chunks, beside residuals and gaps."""
+    wl = WORKLOADS[name]
+    block = -(-wl.c // wl.groups // 3)
+    case = make(wl, ZEN4, fmt, residual=wl.k > 8, vectors=3, rows=7, chunks=2, channel_block=block, **WITHOUT_ROWS)
+    assert case.kernel.gemm.code is not None and case.kernel.gemm.code.blocks == -(-wl.c // wl.groups // block)
+    check(case)
+
+
+@pytest.mark.parametrize("name", INTERLEAVED)
+def test_interleaved_blocks_of_channels(name: str) -> None:
+    wl = INTERLEAVED[name]
+    check_interleaved(wl, "csr", ZEN4, vectors=3, residual=True, channel_block=-(-wl.c // wl.groups // 2), **UNROLLED)
+
+
 def test_stores_past_the_caches() -> None:
+    """But for sums that later blocks of channels load again."""
     wl = W(16, 5, 9, 7, 3, p=1)
     for streamed in (False, True):
-        assert streams(check_interleaved(wl, "csr", ZEN4, streamed=streamed, vectors=4, **UNROLLED)) == streamed
+        case = check_interleaved(wl, "csr", ZEN4, streamed=streamed, vectors=4, channel_block=5, **UNROLLED)
+        assert streams(case) == streamed
+    assert not streams(check_interleaved(wl, "csr", ZEN4, streamed=True, vectors=4, channel_block=2, **UNROLLED))
 
 
 @pytest.mark.parametrize("rows", [1, 3, 30])
@@ -140,10 +185,11 @@ def test_without_padding_behind() -> None:
 
 @pytest.mark.parametrize("epilogue", [BIAS_TANH_ADD, BIAS_CLIP, Program()], ids=["long", "clip", "none"])
 @pytest.mark.parametrize("name", ["same3x3", "batch2-k17", "wide"])
-def test_epilogues(name: str, epilogue: Program) -> None:
+@pytest.mark.parametrize("block", [1, 100])
+def test_epilogues(block: int, name: str, epilogue: Program) -> None:
     """What the code does not do itself runs on what it stored; both leave zeros around the pixels."""
     wl, long = WORKLOADS[name], epilogue is BIAS_TANH_ADD
-    case = make(wl, ZEN4, "csr", residual=long, epilogue=epilogue, vectors=2, **UNROLLED)
+    case = make(wl, ZEN4, "csr", residual=long, epilogue=epilogue, vectors=2, channel_block=block, **UNROLLED)
     if not epilogue.channels:
         case.args.pop(-2)  # the bias
         case.bias[:] = 0
@@ -202,6 +248,18 @@ def test_two_threads_share_a_tile_evenly() -> None:
     knobs = next(k for k in apart.space(ZEN4).unrolled if tiles(k, apart.dst) == 7)
     _, rows, cut, *_ = apart.build(knobs, ZEN4).constants
     assert list(rows) == [0, 30, 60, 64] and list(cut) == [0, 1, 3]
+
+
+def test_blocks_of_channels_where_a_tile_leaves_l2() -> None:
+    wide = conv_site(c=3072, size=14, k=96, density=0.1)
+    for knobs in wide.space(ZEN4).unrolled:
+        touched = footprint(wide.workload, knobs, wide.src, wide.taps)
+        assert knobs.channel_block == 3072 or touched <= ZEN4.l2_bytes / 4
+        assert wide.adapt(knobs, ZEN4) == knobs
+    blocked = [k for k in wide.space(ZEN4).unrolled if k.channel_block < 3072]
+    assert blocked and wide.default(ZEN4) in blocked
+    for site in (conv_site(c=64, size=28, k=96, density=0.1), conv_site(c=512, size=7, k=96, density=0.1)):
+        assert all(k.channel_block == site.workload.c for k in site.space(ZEN4).unrolled)
 
 
 def test_who_takes_straight_code() -> None:
