@@ -10,6 +10,7 @@ import pytest
 
 from skimtvm.compiler import CompileOptions, compile_model
 from skimtvm.errors import InvalidOption
+from skimtvm.schedules import unrolled_knobs
 from skimtvm.schedules.sites import version
 from skimtvm.target import TARGETS, resolve
 from skimtvm.tune import log
@@ -99,9 +100,11 @@ def test_pieces_for_threads_stay_those_of_the_layer(tmp_path: Path) -> None:
 @pytest.mark.skipif(TARGET.isa != "avx512", reason="straight code is for AVX-512")
 def test_straight_code_is_adapted(tmp_path: Path) -> None:
     straight = next(k for k in SITE.space(TARGET).unrolled if k.vectors > 1)
+    blocked = dataclasses.replace(straight, channel_block=3)
+    blocked = dataclasses.replace(blocked, chunks=unrolled_knobs.pieces(SITE.workload, blocked, SITE.dst))
     for change, expected in (
-        ({"chunks": 99, "vectors": straight.vectors}, straight), ({"channel_block": 3}, straight), ({"lanes": 8}, DEFAULT),
-        ({"rows": 31}, DEFAULT), ({"aligned": True}, DEFAULT), ({"dense": True}, DEFAULT),
+        ({"chunks": 99, "vectors": straight.vectors}, straight), ({"channel_block": 99}, straight), ({"lanes": 8}, DEFAULT),
+        ({"rows": 31}, DEFAULT), ({"aligned": True}, DEFAULT), ({"dense": True}, DEFAULT), ({"channel_block": 3}, blocked),
     ):  # fmt: skip
         append(tmp_path, record(SITE, knobs=dataclasses.asdict(straight) | change))
         assert look(tmp_path)[0] == expected
