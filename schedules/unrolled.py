@@ -18,9 +18,9 @@ what was stored.
 Only for AVX-512, whose multiply-adds take a broadcast operand from memory.
 
 Measured on Zen 4, one thread, 90% zeros, share of the practical peak of 118 GFLOP/s on the multiply-adds done (CSR: 0.38 to
-0.52): alone 3x3 and 5x5 0.60 to 0.79, 1x1 0.61 to 0.85, with 50% zeros 0.68 to 0.95; in ResNet-50 0.41 to 0.70 at batch 1, where
-code and weights come from L3 and memory, 0.32 to 0.87 interleaved. Below half are 1x1 layers at 56x56: with 64 inputs at
-batch 1 sums are started, summed with residuals and stored after 6 multiply-adds each, at batch 16 source and output come
+0.52): alone 3x3 and 5x5 0.60 to 0.79, 1x1 0.61 to 0.85, with 50% zeros 0.68 to 0.95; in ResNet-50 0.41 to 0.70 at batch 1,
+where code and weights come from L3 and memory, 0.32 to 0.87 interleaved. Below half are 1x1 layers at 56x56: with 64 inputs
+at batch 1 sums are started, summed with residuals and stored after 6 multiply-adds each, at batch 16 source and output come
 from memory. An unaligned load fills both load ports for two cycles and a broadcast one port for one, which bounds 3x3 planes
 at 90% to about 0.8 of the peak; everything else is bound by the multiply-adds.
 """
