@@ -91,10 +91,8 @@ def default_knobs(
     if wl.groups > 1:
         rows = max(r for r in range(1, rows + 1) if per_group % r == 0)
     rows = min(rows, per_group)
-    cg, positions = wl.c // wl.groups, dst.layout.positions
+    cg, positions = wl.c // wl.groups, positions_of(dst)
     images = dst.layout.interleave
-    if images > 1:
-        positions = dst.layout.w * images
     if dense:
         return _dense(rows, per_group, positions, cg, wl, target, src, dst)
     best: tuple[float, Knobs] | None = None
@@ -111,6 +109,16 @@ def default_knobs(
                     best = cost, knobs
     assert best is not None
     return best[1]
+
+
+def positions_of(dst: Slot) -> int:
+    """That tiles are parts of: of a plane, of a row of pixels where images are interleaved."""
+    return dst.layout.w * dst.layout.interleave if dst.layout.interleave > 1 else dst.layout.positions
+
+
+def rows_of(dst: Slot) -> int:
+    """Rows of pixels that tiles are cut from, where images are interleaved; a plane is one."""
+    return dst.layout.n // dst.layout.interleave * dst.layout.h if dst.layout.interleave > 1 else 1
 
 
 def footprint(wl: ConvWorkload, knobs: Knobs, src: Slot, taps: Sequence[Tap], copies: Copies | None = None) -> int:
@@ -333,7 +341,7 @@ def conv_space(
     """``start``: the default knobs, whose format stays; ``copies``: what aligned knobs of a tile (vectors, lanes) copy, None
     where there are none."""
     cg, images = wl.c // wl.groups, dst.layout.interleave
-    positions = dst.layout.w * images if images > 1 else dst.layout.positions
+    positions = positions_of(dst)
     per_group = wl.k // wl.groups
     if start.across:  # pixels and channels change places: V pixels a segment of a row
         widths = {-(-wl.out_w // -(-wl.out_w // p)) for p in range(1, SEGMENT + 1)}

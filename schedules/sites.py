@@ -174,7 +174,7 @@ class ConvSite(PlacedSite):
         wl, src, dst, stored, taps = self.workload, self.src, self.dst, self.stored, self.taps
         if knobs.unrolled:
             return unrolled_knobs.cycles(wl, knobs, src, dst, target, taps, stored, len(self.calls()))
-        rows = dst.layout.n // dst.layout.interleave * dst.layout.h if dst.layout.interleave > 1 else 1
+        rows = model.rows_of(dst)
         copied = self.copies(knobs.vectors, knobs.lanes) if knobs.aligned else None
         loop = model.cycles(wl, knobs, src, dst, target, taps, stored, copies=copied) * wl.k / knobs.rows * rows
         weights = stored * wl.k * wl.c / wl.groups * len(taps) * (4 if knobs.dense else 4 + 4 / knobs.rows)

@@ -27,7 +27,7 @@ from ..layout import LINE
 from ..target import CpuTarget
 from ..workload import ConvWorkload
 from .gather_gemm import Knobs
-from .knobs import BAND_PIECES, Tap, even_pieces, footprint
+from .knobs import BAND_PIECES, Tap, even_pieces, footprint, positions_of, rows_of
 from .pointwise import Slot
 
 LOAD = (1.5, 1.75)  # cycles of an aligned load, and of one that crosses a line
@@ -40,7 +40,10 @@ DATA_RATE, STREAM_RATE = 8.0, 27.0  # bytes of weights or offsets a cycle, likew
 L2_SHARE = 0.6  # of L2, for code and weights
 LAST_LEVEL = 16e6  # bytes of code and weights that stay in the last level from tile to tile
 WHOLE_SHARE, BLOCK_SHARE = 0.5, 0.25  # of L2: the most of a tile of all channels, and of one of a channel block
-BLOCKED_PIECES = 4  # of a layer in channel blocks, each of which reads the source again
+PIECES, BLOCKED_PIECES = (
+    8,
+    4,
+)  # of a layer of few tiles; and of one in channel blocks, each of which reads the source again
 HALVED = 3  # groups from which on they are cut in halves
 USUAL, ELSE = 8, 0.01  # vectors of a tile that serve most layers; what others must gain for each factor of two
 
@@ -81,13 +84,13 @@ def fit(knobs: Knobs, wl: ConvWorkload, src: Slot, dst: Slot, target: CpuTarget)
 
 def candidates(dst: Slot) -> list[int]:
     """Vectors of a tile, of a row where images are interleaved: all, and half as many down to one."""
-    total = -(-positions(dst) // LINE)
+    total = -(-positions_of(dst) // LINE)
     return sorted({even(1 << i, dst) for i in range(total.bit_length() + 1)})
 
 
 def even(vectors: int, dst: Slot) -> int:
     """The height of as many tiles as tiles of ``vectors`` would be, all of them as high as each other."""
-    total = -(-positions(dst) // LINE)
+    total = -(-positions_of(dst) // LINE)
     return -(-total // -(-total // vectors))
 
 
@@ -101,12 +104,7 @@ def row_groups(k: int, knobs: Knobs, dst: Slot) -> npt.NDArray[np.int32]:
 
 def tiles(knobs: Knobs, dst: Slot) -> int:
     """Of a plane, of a row where images are interleaved."""
-    return -(-positions(dst) // (knobs.vectors * knobs.lanes))
-
-
-def positions(dst: Slot) -> int:
-    """That a tile is a part of: of a plane, of a row where images are interleaved."""
-    return dst.layout.w * dst.layout.interleave if dst.layout.interleave > 1 else dst.layout.positions
+    return -(-positions_of(dst) // (knobs.vectors * knobs.lanes))
 
 
 def cycles(
@@ -134,8 +132,8 @@ def cycles(
     each = LOAD[not aligned] + (FROM_L2 + (FROM_L3 - FROM_L2) * far if touched > target.l1_bytes else 0.0)
     vector = max(nonzeros, nonzeros / 2 + each * loads) + blocks * (STORE * wl.k + CALL * groups)
     vector += (blocks - 1) * RELOAD * wl.k
-    total = -(-positions(dst) // LINE)
-    rows = dst.layout.n // dst.layout.interleave * dst.layout.h if mixed else 1
+    total = -(-positions_of(dst) // LINE)
+    rows = rows_of(dst)
     runs = rows * tiles(knobs, dst)
     code = CODE[0] * nonzeros + CODE[1] * loads
     waiting = calls * max(0.0, code / COLD_RATE - vector)  # the first vector waits for code that is in no cache
@@ -164,8 +162,8 @@ def choose(looped: Knobs, straight: Sequence[Knobs], cost: Callable[[Knobs], flo
 
 def pieces(wl: ConvWorkload, knobs: Knobs, dst: Slot) -> int:
     """Parallel pieces that the row groups are cut into, where tiles are few."""
-    wanted = (
-        BAND_PIECES if dst.layout.interleave > 1 else 8 if knobs.channel_block == wl.c // wl.groups else BLOCKED_PIECES
-    )
+    wanted = PIECES if knobs.channel_block == wl.c // wl.groups else BLOCKED_PIECES
+    if dst.layout.interleave > 1:
+        wanted = BAND_PIECES
     chunks = even_pieces(tiles(knobs, dst), -(-wanted // tiles(knobs, dst)))
     return max(1, min(chunks, -(-wl.k // knobs.rows)))

@@ -102,7 +102,7 @@ def encode(
 ) -> RowCode:
     """f32[K, columns of a convolution group] -> code. ``address``: int32[columns of all convolution groups], floats from
     the source to the tap of each column; ``starts``: of ``cut_rows``; ``runs``: of a piece, after which the next one's code
-    has been fetched; ``block``: columns of a block, 0 for all; ``chunks``: that run all their blocks
+    has been fetched; ``block``: columns of a block, 0 for all; ``chunks``: of row groups, each of which runs all its blocks
     before the next."""
     k, columns = weight.shape
     starts = cut_rows(k) if starts is None else starts
@@ -126,13 +126,7 @@ def encode(
     height = np.diff(starts)
     work = (sizes + np.array(loads)).reshape(len(blocks), -1) + SUM_WORK * height
     pieces = cut(work.sum(axis=0), chunks)
-    turns = [
-        b * height.size + g
-        for low, high in itertools.pairwise(pieces.tolist())
-        for b in range(len(blocks))
-        for g in range(low, high)
-    ]
-    following = dict(zip(turns, [*turns[1:], turns[0]], strict=True))
+    following = _following(pieces, len(blocks))
     shares = tuple(min(-(-lines[following[g]] // runs), int(n)) for g, n in enumerate(sizes))
     codes = tuple(_group(*e, share) for e, share in zip(entries, shares, strict=True))
     values = np.concatenate(data).astype(np.float32)
@@ -143,9 +137,18 @@ def encode(
         data=values,
         loads=np.array(loads),
         cut=pieces,
-        following=tuple(following[g] for g in range(sizes.size)),
+        following=following,
         shares=shares,
     )
+
+
+def _following(chunks: npt.NDArray[np.int32], blocks: int) -> tuple[int, ...]:
+    """Of each piece the one that runs next: chunk by chunk, in each block by block. ``chunks``: of ``cut``."""
+    piece = np.arange(blocks * chunks[-1]).reshape(blocks, -1)
+    order = np.concatenate([piece[:, low:high].ravel() for low, high in itertools.pairwise(chunks.tolist())])
+    following = np.empty_like(order)
+    following[order] = np.roll(order, -1)
+    return tuple(following.tolist())
 
 
 def _group(row: I64, where: I64, rows: int, share: int) -> bytes:

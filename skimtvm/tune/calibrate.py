@@ -41,19 +41,13 @@ EVICTED = 64 << 20  # bytes read between two calls of fully connected layers
 SIZES = (1 << 18, 1 << 22, 1 << 24, 1 << 26, 1 << 28)  # bytes that are read
 
 
-def _conv(c: int, k: int, size: int, taps: int, rows: int = 0) -> ConvWorkload:
-    """``rows``: of the image, if it is not square."""
-    pad = taps // 2
-    return ConvWorkload(1, c, rows or size, size, k, taps, taps, padding=(pad,) * 4)
-
-
-def _other(
-    c: int, k: int, size: int, taps: int, *, stride: int = 1, dilation: int = 1, groups: int = 1
+def _conv(
+    c: int, k: int, size: int, taps: int, rows: int = 0, *, stride: int = 1, dilation: int = 1, groups: int = 1
 ) -> ConvWorkload:
-    """Strided, dilated, depthwise."""
+    """``rows``: of the image, if it is not square."""
     pad = taps // 2 * dilation
     return ConvWorkload(
-        1, c, size, size, k, taps, taps, (stride,) * 2, (pad,) * 4, dilation=(dilation,) * 2, groups=groups
+        1, c, rows or size, size, k, taps, taps, (stride,) * 2, (pad,) * 4, dilation=(dilation,) * 2, groups=groups
     )
 
 
@@ -76,12 +70,12 @@ FULL = Grid(
         *(_conv(c, k, size, 1) for c, k, size in ((64, 256, 56), (256, 64, 56), (128, 512, 28), (256, 1024, 14))),
         *(_conv(c, k, size, 1) for c, k, size in ((1024, 256, 14), (512, 2048, 7), (2048, 512, 7), (32, 64, 14))),
         *(_conv(c, k, size, 5) for c, k, size in ((48, 128, 27), (32, 96, 14), (48, 128, 7))),
-        *(_other(c, c, size, 3, stride=2) for c, size in ((128, 56), (512, 14))),
-        *(_other(c, k, size, 1, stride=2) for c, k, size in ((256, 512, 56), (1024, 2048, 14))),
-        _other(3, 64, 224, 7, stride=2),
-        *(_other(c, c, size, 3, dilation=2) for c, size in ((128, 28), (256, 14))),
-        *(_other(c, c, size, 3, groups=c) for c, size in ((96, 56), (512, 14))),
-        _other(144, 144, 56, 3, stride=2, groups=144),
+        *(_conv(c, c, size, 3, stride=2) for c, size in ((128, 56), (512, 14))),
+        *(_conv(c, k, size, 1, stride=2) for c, k, size in ((256, 512, 56), (1024, 2048, 14))),
+        _conv(3, 64, 224, 7, stride=2),
+        *(_conv(c, c, size, 3, dilation=2) for c, size in ((128, 28), (256, 14))),
+        *(_conv(c, c, size, 3, groups=c) for c, size in ((96, 56), (512, 14))),
+        _conv(144, 144, 56, 3, stride=2, groups=144),
         *(DenseWorkload(1, k, n) for k, n in ((256, 128), (512, 512), (1024, 1000), (2048, 1000), (4096, 4096))),
         *(DenseWorkload(m, 1024, 1000) for m in (2, 4, 16)),
     ),
