@@ -6,6 +6,7 @@ row: the last vector overlaps the one before it (7 = 4 + an overlapping 4, 35 = 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -70,16 +71,20 @@ class View:
         return result
 
 
-def flatten(*layouts: Layout) -> tuple[Layout, ...]:
-    """The same layouts with all rows of an image as one row, where every one of them has its rows back to back."""
-    if any(lay.row_pitch != lay.w for lay in layouts):
+def flatten(*layouts: Layout, lanes: int = 0) -> tuple[Layout, ...]:
+    """The same layouts with all rows of an image as one row, where every one of them has its rows back to back. With
+    ``lanes``, for kernels that may overwrite what lies between rows, also where all have the same gaps between rows and one
+    row with them takes no more vectors of so many lanes."""
+    gaps = {lay.row_pitch - lay.w for lay in layouts}
+    if len(gaps) > 1 or (gaps != {0} and not lanes) or any(lay.interleave > 1 for lay in layouts):
         return layouts
-    return tuple(
-        Layout(
-            lay.n, lay.c, 1, lay.h * lay.w, lay.h * lay.w, lay.n_pitch, lay.c_pitch, lay.front, lay.tail, lay.zero_halo
-        )
-        for lay in layouts
-    )
+
+    def length(lay: Layout) -> int:
+        return (lay.h - 1) * lay.row_pitch + lay.w
+
+    if lanes and any(-(-length(lay) // lanes) > lay.h * -(-lay.w // lanes) for lay in layouts):
+        return layouts
+    return tuple(dataclasses.replace(lay, h=1, w=length(lay), row_pitch=length(lay)) for lay in layouts)
 
 
 def width_of(extent: int, lanes: int) -> int:
