@@ -35,6 +35,7 @@ UNROLL_TAPS = 8  # longer windows loop over their taps
 # row are long done when it is read: twice as fast on 35x35.
 ROW_BLOCK = 8
 LANES = 8  # also on AVX-512: every unaligned zmm access crosses a cache line, of the ymm accesses only half
+RUN = 96  # vectors of a block of a run
 STACK = 1023  # bytes; TVM takes larger buffers from a workspace pool
 NEG_INF = float("-inf")
 Put = Callable[[Index, int, Any], None]  # takes the vector of so many lanes at a position
@@ -90,7 +91,7 @@ def emit_pool(
     gap = src.row_pitch - src.w if src.row_pitch == dst.row_pitch else 0
     pool = _Pool(workload, rows, columns, lanes)
     if _Runs.serve(pool, gap):
-        pool = _Runs(workload, rows, columns, lanes, gap)
+        pool = _Runs(workload, rows, columns, target.lanes, gap)
 
     def body(x_buffer: Any, y_buffer: Any) -> None:
         x, y = View(src, src_size, src_channel, x_buffer), View(dst, dst_size, dst_channel, y_buffer)
@@ -190,14 +191,14 @@ class _Pool:
             store(acc, 0, width, self.combine(load(acc, 0, width), value(t + 1)))
         return load(acc, 0, width)
 
-    def vertical(self, x: View, at: Index, taps: int, extent: int, put: Put, unroll: int = UNROLL) -> None:
+    def vertical(self, x: View, at: Index, taps: int, extent: int, put: Put) -> None:
         """``put`` the taps from ``at`` on combined, for ``extent`` positions."""
         pitch = self.rows.dilation * x.layout.row_pitch
 
         def piece(j: Index, width: int) -> None:
             put(j, width, self.reduce(taps, width, lambda t: load(x.buffer, at + (j + t * pitch), width)))
 
-        pieces(extent, self.lanes, piece, unroll)
+        pieces(extent, self.lanes, piece)
 
     def scaled(self, j: Index, width: int, value: Any, scale: Scale) -> Any:
         """The average of the window of column ``j`` and those behind it, from their sums; a maximum stays."""
@@ -244,58 +245,115 @@ class _Pool:
 
 
 class _Runs(_Pool):
-    """Windows of stride 1 whose reach is not wider than the gap between rows: a block of rows is one run of positions. In
-    the scratch rows the gaps hold the padding, written with the vectors that cross them: a load that finds a vector and a
-    few floats of it, stored later, both still in flight waits for them. What lies in the gaps of the output is overwritten.
-    ``gap``: floats between two rows, of input and output alike.
+    """Windows of stride 1 whose reach is not wider than the gap between rows: a block of rows is one run of positions, all
+    of its code straight. A vector is reduced down the rows once; its neighbours to the left and right come out of registers,
+    by shuffles, with the padding where gaps are. Loads stay between the first and the last pixel of the image. What lies in
+    the gaps of the output is overwritten. ``gap``: floats between two rows, of input and output alike.
     """
 
     def __init__(self, workload: PoolWorkload, rows: _Axis, columns: _Axis, lanes: int, gap: int) -> None:
         super().__init__(workload, rows, columns, lanes)
-        self.gap, self.pitch, self.origin = gap, columns.size + gap, lanes
-        self.block = max(1, min(rows.out, (STACK // 4 - 2 * lanes) // self.pitch))
+        self.pitch = columns.size + gap
+        self.lanes = width_of((rows.out - 1) * self.pitch + columns.size, lanes)
+        self.above, self.below = rows.before, (rows.kernel - 1) * rows.dilation - rows.before
+        whole = max(RUN * self.lanes // self.pitch, 1)
+        self.block = -(-rows.out // -(-rows.out // whole))
 
     @staticmethod
     def serve(pool: _Pool, gap: int) -> bool:
-        """Whether they can, in place of ``pool``: rows fit the scratch, windows are short, and averages count as many
-        columns in each. ``gap``: 0 where rows of input and output lie apart differently."""
-        rows, columns, lanes = pool.rows, pool.columns, pool.lanes
-        if (rows.stride, columns.stride, columns.out) != (1, 1, columns.size) or columns.kernel > UNROLL_TAPS:
+        """Whether they can, in place of ``pool``: windows are short, and averages count as many pixels in each. ``gap``: 0
+        where rows of input and output lie apart differently."""
+        rows, columns = pool.rows, pool.columns
+        if (rows.stride, columns.stride) != (1, 1) or (rows.out, columns.out) != (rows.size, columns.size):
+            return False
+        if max(rows.kernel, columns.kernel) > UNROLL_TAPS:
             return False
         after = (columns.kernel - 1) * columns.dilation - columns.before
-        whole = pool.is_max or len(pool.counts) == 1
-        short = columns.size + gap <= STACK // 4 - 2 * lanes
-        return whole and short and 0 <= max(columns.before, after) <= min(gap, lanes) and gap > 0
+        counts = {rows.counted(i, pool.workload.count_include_pad) for i in range(rows.out)}
+        whole = pool.is_max or len(pool.counts) == len(counts) == 1
+        reach = min(gap, width_of(columns.size, pool.lanes))  # a shuffle finds what a window holds in the next vector
+        return whole and 0 <= max(columns.before, after) <= reach and gap > 0
 
-    def scratch(self) -> Any:
-        scratch = B.alloc_buffer((self.block * self.pitch + 2 * self.lanes,), "float32")
-        fill(scratch, 0, self.origin, self.lanes, self.identity)
-        return scratch
+    def channel(self, x: View, y: View, n: Index, c: Index) -> None:
+        blocks = -(-self.rows.out // self.block)
+        last = self.rows.out - (blocks - 1) * self.block
 
-    def extent(self, rows: int) -> int:
-        return rows * self.pitch - self.gap
+        def block(index: Index, rows: int, above: int, below: int) -> None:
+            at = x.at(n, c, index * self.block, 0), y.at(n, c, index * self.block, 0)
+            self.run(x, y, at, rows, (min(above, self.above), min(below, self.below)))
 
-    def reduce_rows(self, scratch: Any, rows: int, x: View, source: Callable[[Index], Index], taps: int) -> None:
-        def put(j: Index, width: int, value: Any) -> None:
-            if any((j + i) % self.pitch >= self.columns.size for i in range(width)):
-                column = B.floormod(B.Ramp(j, 1, width), B.Broadcast(B.int32(self.pitch), width))
-                inside = column < B.Broadcast(B.int32(self.columns.size), width)
-                value = B.Select(inside, value, splat(self.identity, width))
-            store(scratch, self.origin + j, width, value)
+        # Blocks that see both ends of the image, or neither, as far as their windows reach.
+        first = 0
+        while first < blocks:
+            above, below = first * self.block, max(0, self.rows.out - (first + 1) * self.block)
+            alike = first
+            while alike + 1 < blocks and above >= self.above and self.rows.out - (alike + 2) * self.block >= self.below:
+                alike += 1
+            rows = last if first == blocks - 1 else self.block
+            if alike > first:
+                with B.serial(0, alike - first + 1) as i:
+                    block(i + first, rows, above, self.below)
+            else:
+                block(first, rows, above, below)
+            first = alike + 1
 
-        extent = self.extent(rows)
-        self.vertical(x, source(0), taps, extent, put, unroll=extent)
-        fill(scratch, self.origin + extent, self.lanes, self.lanes, self.identity)
+    def run(self, x: View, y: View, at: tuple[Index, Index], rows: int, around: tuple[int, int]) -> None:
+        """``rows`` rows that lie ``at`` in x and y, with as many rows of the image ``around`` them, above and below."""
+        lanes, (x_at, y_at) = self.lanes, at
+        extent = (rows - 1) * self.pitch + self.columns.size
+        ends = -around[0] * self.pitch, extent + around[1] * self.pitch
+        width = min(lanes, width_of(extent, lanes))
+        blank = splat(self.identity, width)
 
-    def reduce_columns(self, scratch: Any, rows: int, y: View, result: Callable[[Index], Index], scale: Scale) -> None:
-        axis, at = self.columns, result(0)
+        def shuffled(a: Any, b: Any, picks: list[int]) -> Any:
+            return B.Shuffle([a, b], [B.int32(i) for i in picks]) if width > 1 else (a, b)[picks[0]]
 
-        def piece(j: Index, width: int) -> None:
-            def tap(t: int) -> Any:
-                return load(scratch, self.origin + j + (t * axis.dilation - axis.before), width)
+        def tap(j: int, row: int) -> Any:
+            """Positions j ... of ``row`` rows further down; None outside of the image."""
+            start = j + row * self.pitch
+            inside = [ends[0] <= start + i < ends[1] for i in range(width)]
+            if not any(inside):
+                return None
+            near = min(max(start, ends[0]), ends[1] - width)
+            value = load(x.buffer, x_at + near, width)
+            if near == start:
+                return value
+            return shuffled(value, blank, [start - near + i if inside[i] else width + i for i in range(width)])
 
-            value = self.reduce(axis.kernel, width, tap)
-            store(y.buffer, at + j, width, self.scaled(j, width, value, scale))
+        def column(j: int) -> Any:
+            taps = [tap(j, t * self.rows.dilation - self.rows.before) for t in range(self.rows.kernel)]
+            total = None
+            for value in taps:
+                if value is not None:
+                    total = value if total is None else self.combine(total, value)
+            pixels = [(j + i) % self.pitch < self.columns.size and j + i < extent for i in range(width)]
+            if total is None or not any(pixels):
+                return blank
+            if not all(pixels):
+                total = shuffled(total, blank, [i if pixels[i] else width + i for i in range(width)])
+            return B.bind(total)
 
-        extent = self.extent(rows)
-        pieces(extent, self.lanes, piece, unroll=extent)
+        def result(left: Any, middle: Any, right: Any) -> Any:
+            total = None
+            for t in range(self.columns.kernel):
+                shift = t * self.columns.dilation - self.columns.before
+                value = middle
+                if shift < 0:
+                    value = shuffled(left, middle, [width + shift + i for i in range(width)])
+                elif shift > 0:
+                    value = shuffled(middle, right, [shift + i for i in range(width)])
+                total = value if total is None else self.combine(total, value)
+            counted = self.rows.counted(0, self.workload.count_include_pad)
+            return B.bind(self.scaled(0, width, total, (None, counted)))
+
+        columns, before = [blank, column(0)], None
+        for j in range(0, extent, width):
+            columns = [*columns[-2:], column(j + width) if j + width < extent else blank]
+            value = result(*columns)
+            if j + width <= extent:
+                store(y.buffer, y_at + j, width, value)
+            else:
+                over = j + width - extent
+                value = shuffled(before, value, [width - over + i for i in range(width)])
+                store(y.buffer, y_at + (extent - width), width, value)
+            before = value
