@@ -26,7 +26,7 @@ from ..layout import LINE, Layout, round_up
 from ..target import CpuTarget
 from ..workload import PoolWorkload
 from .reduce import emit_global_avg_pool, emit_global_pool
-from .rows import UNROLL, Index, View, build, channels_of, fill, load, pick, pieces, splat, store, width_of, zero_halo
+from .rows import Index, View, build, channels_of, fill, load, pick, pieces, splat, store, width_of, zero_halo
 
 __all__ = ["PoolWorkload", "emit_global_avg_pool", "emit_global_pool", "emit_pool"]
 

@@ -41,7 +41,7 @@ def test_lrn(workload, shape, lanes):
 @pytest.mark.parametrize("shape", [(1, 70, 55, 55), (3, 9, 13, 13), (2, 7, 40, 6)], ids=lambda s: "x".join(map(str, s)))
 @pytest.mark.parametrize("workload", [LRNWorkload(5), LRNWorkload(13, 0.3, 0.61, 0.7)], ids=str)
 def test_rows_with_gaps_are_one_run(workload, shape, lanes):
-    n, c, h, w = shape
+    _, c, h, w = shape
     x = 3 * np.random.default_rng(c).standard_normal(shape).astype(np.float32)
     gaps, halo = plane(*shape, Space(w + 1, h), Halo()), plane(*shape, Space(w + 1, h + 1), Halo(1, 1, 1, 1))
     for src, dst in ((gaps, gaps), (halo, gaps), (gaps, halo)):
