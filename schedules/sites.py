@@ -21,7 +21,7 @@ import numpy.typing as npt
 from ..layout import Halo, Space, interleaved, plane
 from ..target import CpuTarget
 from ..workload import ConvWorkload, DenseWorkload
-from . import conv2d, dense, fc_knobs, gather_gemm, sell, unrolled_knobs, winograd
+from . import conv2d, dense, fc_knobs, gather_gemm, sell, unrolled, unrolled_knobs, winograd
 from . import knobs as model
 from . import winograd_conv2d as wino
 from .aligned import Copies
@@ -173,7 +173,8 @@ class ConvSite(PlacedSite):
         """What the model expects of the layer."""
         wl, src, dst, stored, taps = self.workload, self.src, self.dst, self.stored, self.taps
         if knobs.unrolled:
-            return unrolled_knobs.cycles(wl, knobs, src, dst, target, taps, stored, len(self.calls()))
+            fused = unrolled.fused(self.epilogue) is not None
+            return unrolled_knobs.cycles(wl, knobs, src, dst, target, taps, stored, len(self.calls()), fused)
         rows = model.rows_of(dst)
         copied = self.copies(knobs.vectors, knobs.lanes) if knobs.aligned else None
         loop = model.cycles(wl, knobs, src, dst, target, taps, stored, copies=copied) * wl.k / knobs.rows * rows

@@ -43,6 +43,7 @@ from .emit import fetch, loop, store, streams, vector
 from .gather_gemm import Body, Gemm, Tile, span
 from .pointwise import Program, split_bias
 
+AT_ONCE = 8  # vectors that wait in L1, of up to 30 rows each, for an epilogue that runs on what was stored
 RUNS = 16  # vectors of a tile with which a group fetches the next one's code
 
 
@@ -194,14 +195,21 @@ class UnrolledBody(Body):
             g = B.bind(i)
             first = B.bind(self.rows[g])
             piece = B.bind(block * self.gemm.code.groups + g) if blocks > 1 else g
-            with B.serial(0, vectors) as v:
-                self._fetch(q, vectors, piece * vectors + v)
-                self._call(q, piece, first, v)
-            rows = B.bind(self.rows[g + 1] - first)
-            with _only_if(block == blocks - 1) if blocks > 1 else nullcontext():
+            rows = None if self.fused else B.bind(self.rows[g + 1] - first)
+            last = lambda: _only_if(block == blocks - 1) if blocks > 1 else nullcontext()
+            at_once = vectors if self.fused else min(vectors, AT_ONCE)
+            with loop(-(-vectors // at_once)) if at_once < vectors else nullcontext(0) as turn:
+                start = B.bind(turn * at_once) if at_once < vectors else 0
+                end = start + at_once if vectors % at_once == 0 else B.bind(B.min(start + at_once, vectors))
+                with span(start, end) as v:
+                    self._fetch(q, vectors, piece * vectors + v)
+                    self._call(q, piece, first, v)
                 if not self.fused:
-                    self._apply(q, first, rows, vectors)
-                if self.mask is not None:
+                    with last():
+                        self._apply(q, first, rows, (start, end))
+            rows = B.bind(self.rows[g + 1] - first) if rows is None else rows
+            if self.mask is not None:
+                with last():
                     self._zero_edges(first, rows, edges, total)
 
     def _call(self, q: Tile, g: Any, first: Any, v: Any) -> None:
@@ -235,10 +243,10 @@ class UnrolledBody(Body):
         with B.serial(0, share) as i:
             fetch(self.src, following + i * LINE, l1=False)
 
-    def _apply(self, q: Tile, first: Any, rows: Any, vectors: int) -> None:
+    def _apply(self, q: Tile, first: Any, rows: Any, vectors: tuple[Any, Any]) -> None:
         """The epilogue of a group's sums, which were stored as they are and still lie in L1."""
         slot = self.gemm.dst
-        with B.serial(0, rows) as i, B.serial(0, vectors) as v:
+        with B.serial(0, rows) as i, span(*vectors) as v:
             to = B.bind(slot.base + (first + i) * slot.layout.c_pitch + q.at(-1) + v * q.step(slot))
             at = lambda j, s: s.base + (first + i) * s.layout.c_pitch + q.at(j) + v * q.step(s)
             value = self._value(vector(self.out, to, self.lanes), first + i, at)

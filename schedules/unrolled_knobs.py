@@ -33,6 +33,7 @@ from .pointwise import Slot
 LOAD = (1.5, 1.75)  # cycles of an aligned load, and of one that crosses a line
 FROM_L2, FROM_L3 = 0.5, 2.0  # cycles more of a load from there
 STORE, RELOAD = 4.0, 4.0  # cycles to start, finish and store a sum, and more to go on with one of another channel block
+APPLY = 6.0  # more to load and store it again, for an epilogue that is not part of the code
 CALL, SWITCH = 25.0, 500.0  # cycles to enter the code of a group, and more where another one ran before
 COLD_RATE, AGAIN_RATE = 2.5, 16.0  # bytes of code a cycle: the first time, and for another tile if L2 is too small
 FAR_RATE = 4.0  # the latter from memory
@@ -116,8 +117,10 @@ def cycles(
     taps: Sequence[Tap],
     stored: float,
     calls: int,
+    fused: bool = True,
 ) -> float:
-    """The model's cycles for a layer that ``calls`` calls compute, of which ``stored`` of the weights are not zero."""
+    """The model's cycles for a layer that ``calls`` calls compute, of which ``stored`` of the weights are not zero;
+    ``fused``: the epilogue is part of the code."""
     mixed = dst.layout.interleave > 1
     columns = wl.c // wl.groups * len(taps)
     nonzeros = stored * columns * wl.k
@@ -131,7 +134,7 @@ def cycles(
     far = min(max(2 * touched / target.l2_bytes - 1, 0), 1)  # share of a tile that L2 does not keep
     each = LOAD[not aligned] + (FROM_L2 + (FROM_L3 - FROM_L2) * far if touched > target.l1_bytes else 0.0)
     vector = max(nonzeros, nonzeros / 2 + each * loads) + blocks * (STORE * wl.k + CALL * groups)
-    vector += (blocks - 1) * RELOAD * wl.k
+    vector += ((blocks - 1) * RELOAD + (0 if fused else APPLY)) * wl.k
     total = -(-positions_of(dst) // LINE)
     rows = rows_of(dst)
     runs = rows * tiles(knobs, dst)
