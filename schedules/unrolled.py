@@ -13,7 +13,8 @@ every channel that needs it; weights are broadcast operands. The code is as long
 
 What is repeated for each nonzero comes as bytes; what surrounds it, here, as assembler text that LLVM reads with the kernel:
 start values, residual, clipping, the mask of positions that are no pixel, and the store. Longer epilogues run in a loop on
-what was stored.
+what was stored, a few vectors at a time, while it is in L1; layers of few nonzeros a sum keep the loop over offsets then,
+which has its sums in registers.
 
 Only for AVX-512, whose multiply-adds take a broadcast operand from memory.
 

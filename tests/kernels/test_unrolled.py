@@ -12,9 +12,10 @@ import pytest
 from skimtvm.formats.unrolled import MOST_ROWS, cut_rows, encode
 from skimtvm.layout import Halo
 from skimtvm.ops.packing import unpack
+from skimtvm.schedules import gather_gemm
 from skimtvm.schedules.knobs import footprint
 from skimtvm.schedules.pointwise import Instr, Program
-from skimtvm.schedules.unrolled import fused
+from skimtvm.schedules.unrolled import AT_ONCE, fused
 from skimtvm.schedules.unrolled_knobs import tiles
 from skimtvm.target import TARGETS
 
@@ -28,6 +29,7 @@ from .test_interleaved import streams
 ZEN4, AVX2 = TARGETS["znver4"], TARGETS["haswell"]
 WITHOUT_ROWS: dict[str, Any] = {"unrolled": True, "lanes": 16, "aligned": False}
 UNROLLED = WITHOUT_ROWS | {"rows": MOST_ROWS}
+TALL = W(1, 5, 28, 40, 3, p=1)  # more vectors than wait for an epilogue at once, and not a multiple of them
 BIAS_CLIP = Program((Instr("add", ("t0", "c0")), Instr("clip", ("v0", "s0", "s1"))), 1, 1, scalars=(-0.25, 1.5))
 
 
@@ -184,12 +186,13 @@ def test_without_padding_behind() -> None:
 
 
 @pytest.mark.parametrize("epilogue", [BIAS_TANH_ADD, BIAS_CLIP, Program()], ids=["long", "clip", "none"])
-@pytest.mark.parametrize("name", ["same3x3", "batch2-k17", "wide"])
+@pytest.mark.parametrize("name", ["same3x3", "batch2-k17", "wide", "tall"])
 @pytest.mark.parametrize("block", [1, 100])
-def test_epilogues(block: int, name: str, epilogue: Program) -> None:
+@pytest.mark.parametrize("vectors", [2, 100])
+def test_epilogues(vectors: int, block: int, name: str, epilogue: Program) -> None:
     """What the code does not do itself runs on what it stored; both leave zeros around the pixels."""
-    wl, long = WORKLOADS[name], epilogue is BIAS_TANH_ADD
-    case = make(wl, ZEN4, "csr", residual=long, epilogue=epilogue, vectors=2, channel_block=block, **UNROLLED)
+    wl, long = TALL if name == "tall" else WORKLOADS[name], epilogue is BIAS_TANH_ADD
+    case = make(wl, ZEN4, "csr", residual=long, epilogue=epilogue, vectors=vectors, channel_block=block, **UNROLLED)
     if not epilogue.channels:
         case.args.pop(-2)  # the bias
         case.bias[:] = 0
@@ -200,6 +203,20 @@ def test_epilogues(block: int, name: str, epilogue: Program) -> None:
     error = np.abs(unpack(flat, case.dst) - expected)
     assert (error <= gamma(wl.row_length) * scale + 4e-7 * (1 + np.abs(expected)) * long + 1e-30).all(), error.max()
     assert not gaps(flat, case.dst).any() and np.isnan(flat[case.dst.c * case.dst.c_pitch :]).all()
+
+
+def test_a_long_epilogue_runs_on_what_is_still_in_l1() -> None:
+    """After a few vectors, not after a tile, and the model counts it where loops have it in registers."""
+    case = make(TALL, ZEN4, "csr", residual=True, epilogue=BIAS_TANH_ADD, vectors=100, **UNROLLED)
+    script = gather_gemm.emit(case.kernel.gemm).script()
+    total = case.kernel.gemm.vectors
+    assert total % AT_ONCE and total > AT_ONCE
+    assert f"range({-(-total // AT_ONCE)})" in script and f"range({total})" not in script
+    short = conv_site(c=32, size=28, k=64, density=0.1)
+    long = dataclasses.replace(short, epilogue=Program((Instr("add", ("t0", "c0")), Instr("tanh", ("v0",))), 1, 1))
+    looped, straight = short.looped(ZEN4), short.straight(ZEN4)[0]
+    assert long.cycles(looped, ZEN4) == short.cycles(looped, ZEN4)
+    assert long.cycles(straight, ZEN4) > short.cycles(straight, ZEN4)
 
 
 def test_what_the_code_does_itself() -> None:
