@@ -58,8 +58,8 @@ def emit_lrn(
         blocks, pitches = -(-flat_dst.h // lines), (flat_src.row_pitch, flat_dst.row_pitch)
     else:
         segments = -(-flat_dst.w // span)
-        tiles = -(-segments // LINES)
-        lines = min(-(-segments // tiles), flat_dst.w // span)  # as few as serve all tiles, which are alike
+        least = -(-segments // -(-segments // LINES))  # as few as serve all tiles, which are alike
+        lines = min(least, flat_dst.w // span)
         blocks, tiles, pitches = 1, -(-flat_dst.w // (lines * span)), (span, span)
     extent = span if flat_dst.h > 1 else lines * span
 

@@ -15,7 +15,9 @@ that one core reads at that size; 3x3 stride 1 as runs 0.012 ms on 512x13x13 and
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import reduce
 from itertools import groupby
 from typing import Any
 
@@ -39,7 +41,6 @@ LANES = 8  # also on AVX-512: every unaligned zmm access crosses a cache line, o
 RUN = 96  # vectors of a block of a run
 STACK = 1023  # bytes; TVM takes larger buffers from a workspace pool
 NEG_INF = float("-inf")
-Put = Callable[[Index, int, Any], None]  # takes the vector of so many lanes at a position
 Scale = tuple[Any, int]  # 1 / counted columns as a buffer, where it varies along the row, and the counted rows
 
 
@@ -90,51 +91,72 @@ def emit_pool(
     columns = _Axis(src.w, dst.w, kw, sx, dx, left, right)
     lanes = min(target.lanes, LANES)
     gap = src.row_pitch - src.w if src.row_pitch == dst.row_pitch else 0
-    pool = _Pool(workload, rows, columns, lanes)
-    if _Runs.serve(pool, gap):
-        pool = _Runs(workload, rows, columns, target.lanes, gap)
+    pool = _Pool(workload, rows, columns)
+    emitter = _Runs(pool, target.lanes, gap) if _Runs.serve(pool, lanes, gap) else _Rows(pool, lanes)
 
     def body(x_buffer: Any, y_buffer: Any) -> None:
         x, y = View(src, src_size, src_channel, x_buffer), View(dst, dst_size, dst_channel, y_buffer)
         with channels_of(dst) as (c, n):
-            pool.channel(x, y, n, c)
+            emitter.channel(x, y, n, c)
             zero_halo(y, n, c, lanes)
 
     return build((("src", src_size, "float32"), ("dst", dst_size, "float32")), body)
 
 
 class _Pool:
-    """Emits the body of one (channel, image)."""
+    """Windows of both axes, and what is made of them."""
 
-    def __init__(self, workload: PoolWorkload, rows: _Axis, columns: _Axis, lanes: int) -> None:
-        self.workload, self.rows, self.columns, self.lanes = workload, rows, columns, lanes
+    def __init__(self, workload: PoolWorkload, rows: _Axis, columns: _Axis) -> None:
+        self.workload, self.rows, self.columns = workload, rows, columns
         self.is_max = workload.kind == "max"
         self.identity = NEG_INF if self.is_max else 0.0
-        reach = (columns.out - 1) * columns.stride + (columns.kernel - 1) * columns.dilation + 1
-        # Shuffles load whole groups of vectors, of which the last lanes are not used.
-        slack = columns.stride * width_of(columns.out, lanes) if columns.stride > 1 else 0
-        self.pitch = round_up(max(columns.before + columns.size, reach) + slack, LINE)
-        self.block = max(1, min(ROW_BLOCK, STACK // (4 * self.pitch), rows.out))
         counts = [columns.counted(j, workload.count_include_pad) for j in range(columns.out)]
         self.counts = counts if len(set(counts)) > 1 else counts[:1]
 
     def combine(self, a: Any, b: Any) -> Any:
         return B.max(a, b) if self.is_max else a + b
 
+    def counted(self, i: int) -> int:
+        """Rows that an average of row ``i`` counts; 1 for a maximum."""
+        return 1 if self.is_max else self.rows.counted(i, self.workload.count_include_pad)
+
+    def scaled(self, j: Index, width: int, value: Any, scale: Scale) -> Any:
+        """The average of the window of column ``j`` and those behind it, from their sums; a maximum stays."""
+        factors, counted = scale
+        if self.is_max:
+            return value
+        if factors is not None:
+            value = value * load(factors, j, width)
+        total = counted if factors is not None else counted * self.counts[0]
+        return value * splat(1 / total, width)
+
+
+class _Rows:
+    """Emits the body of one (channel, image), row by row in two steps."""
+
+    def __init__(self, pool: _Pool, lanes: int) -> None:
+        self.pool, self.rows, self.columns, self.lanes = pool, pool.rows, pool.columns, lanes
+        columns = pool.columns
+        reach = (columns.out - 1) * columns.stride + (columns.kernel - 1) * columns.dilation + 1
+        # Shuffles load whole groups of vectors, of which the last lanes are not used.
+        slack = columns.stride * width_of(columns.out, lanes) if columns.stride > 1 else 0
+        self.pitch = round_up(max(columns.before + columns.size, reach) + slack, LINE)
+        self.block = max(1, min(ROW_BLOCK, STACK // (4 * self.pitch), pool.rows.out))
+
     def channel(self, x: View, y: View, n: Index, c: Index) -> None:
+        pool, columns = self.pool, self.columns
         scratch = self.scratch()
         factors = None
-        if not self.is_max and len(self.counts) > 1:
-            factors = B.alloc_buffer((self.columns.out,), "float32")
-            common = max(set(self.counts), key=self.counts.count)
-            fill(factors, 0, self.columns.out, self.lanes, 1 / common)
-            for j, count in enumerate(self.counts):
+        if not pool.is_max and len(pool.counts) > 1:
+            factors = B.alloc_buffer((columns.out,), "float32")
+            common = max(set(pool.counts), key=pool.counts.count)
+            fill(factors, 0, columns.out, self.lanes, 1 / common)
+            for j, count in enumerate(pool.counts):
                 if count != common:
                     store(factors, j, 1, B.float32(1 / count))
 
         def signature(i: int) -> tuple[int, int, int]:
-            counted = 1 if self.is_max else self.rows.counted(i, self.workload.count_include_pad)
-            return (*self.rows.taps(i), counted)
+            return (*self.rows.taps(i), pool.counted(i))
 
         for (first, taps, counted), group in groupby(range(self.rows.out), signature):
             ys = list(group)
@@ -142,15 +164,14 @@ class _Pool:
 
             if not taps:
                 for i in ys:
-                    fill(y.buffer, y.at(n, c, i, 0), self.columns.out, self.lanes, self.identity)
+                    fill(y.buffer, y.at(n, c, i, 0), columns.out, self.lanes, pool.identity)
                 continue
 
             def block(i: Index, rows: int, start: int = start, taps: int = taps, counted: int = counted) -> None:
-                def source(r: Index) -> Index:
-                    return x.at(n, c, (i + r) * self.rows.stride + start, 0)
-
-                self.reduce_rows(scratch, rows, x, source, taps)
-                self.reduce_columns(scratch, rows, y, lambda r: y.at(n, c, i + r, 0), (factors, counted))
+                with B.serial(0, rows) as r:
+                    self.vertical(x, x.at(n, c, (i + r) * self.rows.stride + start, 0), taps, scratch, r * self.pitch)
+                with B.serial(0, rows) as r:
+                    self.horizontal(scratch, r * self.pitch, y, y.at(n, c, i + r, 0), (factors, counted))
 
             whole = len(ys) // self.block
             if whole:
@@ -164,70 +185,48 @@ class _Pool:
         scratch = B.alloc_buffer((self.block * self.pitch,), "float32")
         for slot in range(self.block):
             start, pad = slot * self.pitch, self.columns.before + self.columns.size
-            fill(scratch, start, self.columns.before, self.lanes, self.identity)
-            fill(scratch, start + pad, self.pitch - pad, self.lanes, self.identity)
+            fill(scratch, start, self.columns.before, self.lanes, self.pool.identity)
+            fill(scratch, start + pad, self.pitch - pad, self.lanes, self.pool.identity)
         return scratch
-
-    def reduce_rows(self, scratch: Any, rows: int, x: View, source: Callable[[Index], Index], taps: int) -> None:
-        """The first step, for a block of ``rows``; ``source(r)``: where the highest tap of row r lies in ``x``."""
-        with B.serial(0, rows) as r:
-            at, to = source(r), r * self.pitch + self.columns.before
-            self.vertical(x, at, taps, self.columns.size, lambda j, width, v: store(scratch, to + j, width, v))
-
-    def reduce_columns(self, scratch: Any, rows: int, y: View, result: Callable[[Index], Index], scale: Scale) -> None:
-        """The second step; ``result(r)``: where row r begins in ``y``."""
-        with B.serial(0, rows) as r:
-            self.horizontal(scratch, r * self.pitch, y, result(r), scale)
 
     def reduce(self, taps: int, width: int, value: Callable[[Index], Any]) -> Any:
         """``value(0)`` combined with ... ``value(taps - 1)``: straight-line code, or a loop for long windows."""
         if taps <= UNROLL_TAPS:
-            total = value(0)
-            for t in range(1, taps):
-                total = self.combine(total, value(t))
-            return total
+            return reduce(self.pool.combine, map(value, range(taps)))
         acc = B.alloc_buffer((width,), "float32")
         store(acc, 0, width, value(0))
         with B.serial(0, taps - 1) as t:
-            store(acc, 0, width, self.combine(load(acc, 0, width), value(t + 1)))
+            store(acc, 0, width, self.pool.combine(load(acc, 0, width), value(t + 1)))
         return load(acc, 0, width)
 
-    def vertical(self, x: View, at: Index, taps: int, extent: int, put: Put) -> None:
-        """``put`` the taps from ``at`` on combined, for ``extent`` positions."""
+    def vertical(self, x: View, at: Index, taps: int, scratch: Any, row: Index) -> None:
+        """The first step: the taps from ``at`` in ``x`` on combined, into the scratch row."""
         pitch = self.rows.dilation * x.layout.row_pitch
 
         def piece(j: Index, width: int) -> None:
-            put(j, width, self.reduce(taps, width, lambda t: load(x.buffer, at + (j + t * pitch), width)))
+            total = self.reduce(taps, width, lambda t: load(x.buffer, at + (j + t * pitch), width))
+            store(scratch, row + self.columns.before + j, width, total)
 
-        pieces(extent, self.lanes, piece)
-
-    def scaled(self, j: Index, width: int, value: Any, scale: Scale) -> Any:
-        """The average of the window of column ``j`` and those behind it, from their sums; a maximum stays."""
-        factors, counted = scale
-        if self.is_max:
-            return value
-        if factors is not None:
-            value = value * load(factors, j, width)
-        total = counted if factors is not None else counted * self.counts[0]
-        return value * splat(1 / total, width)
+        pieces(self.columns.size, self.lanes, piece)
 
     def horizontal(self, scratch: Any, row: Index, y: View, at: Index, scale: Scale) -> None:
+        """The second step: windows of the scratch row, to ``at`` in ``y``."""
         axis = self.columns
 
         def finish(j: Index, width: int, value: Any) -> None:
-            store(y.buffer, at + j, width, self.scaled(j, width, value, scale))
+            store(y.buffer, at + j, width, self.pool.scaled(j, width, value, scale))
 
         def shuffled(j: Index, width: int) -> None:
             groups: dict[int, list[Any]] = {}
-            total = None
-            for t in range(axis.kernel):
+
+            def tap(t: int) -> Any:
                 group, phase = divmod(t * axis.dilation, axis.stride)
                 if group not in groups:
                     base = (j + group) * axis.stride
                     groups[group] = [load(scratch, row + (base + k * width), width) for k in range(axis.stride)]
-                value = pick(groups[group], width, axis.stride, phase)
-                total = value if total is None else self.combine(total, value)
-            finish(j, width, total)
+                return pick(groups[group], width, axis.stride, phase)
+
+            finish(j, width, reduce(self.pool.combine, map(tap, range(axis.kernel))))
 
         def shifted(j: Index, width: int) -> None:
             def tap(t: Index) -> Any:
@@ -245,69 +244,67 @@ class _Pool:
                 finish(j, 1, self.reduce(axis.kernel, 1, lambda t: scratch[start + t * axis.dilation]))
 
 
-class _Runs(_Pool):
-    """Windows of stride 1 whose reach is not wider than the gap between rows: a block of rows is one run of positions, all
-    of its code straight. A vector is reduced down the rows once; its neighbours to the left and right come out of registers,
-    by shuffles, with the padding where gaps are. Loads stay between the first and the last pixel of the image. What lies in
-    the gaps of the output is overwritten. ``gap``: floats between two rows, of input and output alike.
+class _Runs:
+    """Emits the body of one (channel, image) for windows of stride 1 whose reach is not wider than the gap between
+    rows: a block of rows is one run of positions, all of its code straight. A vector is reduced down the rows once; its
+    neighbours to the left and right come out of registers, by shuffles, with the padding where gaps are. Loads stay
+    between the first and the last pixel of the image. What lies in the gaps of the output is overwritten. ``gap``:
+    floats between two rows, of input and output alike.
     """
 
-    def __init__(self, workload: PoolWorkload, rows: _Axis, columns: _Axis, lanes: int, gap: int) -> None:
-        super().__init__(workload, rows, columns, lanes)
-        self.pitch = columns.size + gap
-        self.lanes = width_of((rows.out - 1) * self.pitch + columns.size, lanes)
-        self.above, self.below = rows.before, (rows.kernel - 1) * rows.dilation - rows.before
+    def __init__(self, pool: _Pool, lanes: int, gap: int) -> None:
+        self.pool, self.rows, self.columns = pool, pool.rows, pool.columns
+        self.pitch = pool.columns.size + gap
+        self.lanes = width_of(self.extent(pool.rows.out), lanes)
         whole = max(RUN * self.lanes // self.pitch, 1)
-        self.block = -(-rows.out // -(-rows.out // whole))
+        self.block = -(-pool.rows.out // -(-pool.rows.out // whole))
 
     @staticmethod
-    def serve(pool: _Pool, gap: int) -> bool:
-        """Whether they can, in place of ``pool``: windows are short, and averages count as many pixels in each. ``gap``: 0
-        where rows of input and output lie apart differently."""
+    def serve(pool: _Pool, lanes: int, gap: int) -> bool:
+        """Whether they can: windows are short, and averages count as many pixels in each. ``gap``: 0 where rows of input and
+        output lie apart differently."""
         rows, columns = pool.rows, pool.columns
         if (rows.stride, columns.stride) != (1, 1) or (rows.out, columns.out) != (rows.size, columns.size):
             return False
         if max(rows.kernel, columns.kernel) > UNROLL_TAPS:
             return False
         after = (columns.kernel - 1) * columns.dilation - columns.before
-        counts = {rows.counted(i, pool.workload.count_include_pad) for i in range(rows.out)}
-        whole = pool.is_max or len(pool.counts) == len(counts) == 1
-        reach = min(gap, width_of(columns.size, pool.lanes))  # a shuffle finds what a window holds in the next vector
+        whole = pool.is_max or len(pool.counts) == len({pool.counted(i) for i in range(rows.out)}) == 1
+        reach = min(gap, width_of(columns.size, lanes))  # a shuffle finds what a window holds in the next vector
         return whole and 0 <= max(columns.before, after) <= reach and gap > 0
 
+    def extent(self, rows: int) -> int:
+        """Positions from the first to the last pixel of ``rows`` rows."""
+        return (rows - 1) * self.pitch + self.columns.size
+
     def channel(self, x: View, y: View, n: Index, c: Index) -> None:
-        blocks = -(-self.rows.out // self.block)
-        last = self.rows.out - (blocks - 1) * self.block
+        total = self.rows.out
+        reach = self.rows.before, (self.rows.kernel - 1) * self.rows.dilation - self.rows.before
 
-        def block(index: Index, rows: int, above: int, below: int) -> None:
-            at = x.at(n, c, index * self.block, 0), y.at(n, c, index * self.block, 0)
-            self.run(x, y, at, rows, (min(above, self.above), min(below, self.below)))
+        def signature(index: int) -> tuple[int, int, int]:
+            """Rows of a block, and those of the image above and below it that its windows reach."""
+            start, end = index * self.block, min((index + 1) * self.block, total)
+            return end - start, min(start, reach[0]), min(total - end, reach[1])
 
-        # Blocks that see both ends of the image, or neither, as far as their windows reach.
-        first = 0
-        while first < blocks:
-            above, below = first * self.block, max(0, self.rows.out - (first + 1) * self.block)
-            alike = first
-            while alike + 1 < blocks and above >= self.above and self.rows.out - (alike + 2) * self.block >= self.below:
-                alike += 1
-            rows = last if first == blocks - 1 else self.block
-            if alike > first:
-                with B.serial(0, alike - first + 1) as i:
-                    block(i + first, rows, above, self.below)
-            else:
-                block(first, rows, above, below)
-            first = alike + 1
+        for (rows, *around), group in groupby(range(-(-total // self.block)), signature):
+            first, *others = group
+            with B.serial(0, 1 + len(others)) if others else nullcontext(0) as i:
+                start = (i + first) * self.block
+                self.run(x, y, (x.at(n, c, start, 0), y.at(n, c, start, 0)), rows, (around[0], around[1]))
 
     def run(self, x: View, y: View, at: tuple[Index, Index], rows: int, around: tuple[int, int]) -> None:
         """``rows`` rows that lie ``at`` in x and y, with as many rows of the image ``around`` them, above and below."""
-        lanes, (x_at, y_at) = self.lanes, at
-        extent = (rows - 1) * self.pitch + self.columns.size
+        pool, (x_at, y_at) = self.pool, at
+        extent = self.extent(rows)
         ends = -around[0] * self.pitch, extent + around[1] * self.pitch
-        width = min(lanes, width_of(extent, lanes))
-        blank = splat(self.identity, width)
+        width = width_of(extent, self.lanes)  # less than of other blocks, if this is the last one and short
+        blank = splat(pool.identity, width)
 
         def shuffled(a: Any, b: Any, picks: list[int]) -> Any:
             return B.Shuffle([a, b], [B.int32(i) for i in picks]) if width > 1 else (a, b)[picks[0]]
+
+        def kept(value: Any, where: list[bool], shift: int = 0) -> Any:
+            return shuffled(value, blank, [shift + i if mine else width + i for i, mine in enumerate(where)])
 
         def tap(j: int, row: int) -> Any:
             """Positions j ... of ``row`` rows further down; None outside of the image."""
@@ -317,35 +314,29 @@ class _Runs(_Pool):
                 return None
             near = min(max(start, ends[0]), ends[1] - width)
             value = load(x.buffer, x_at + near, width)
-            if near == start:
-                return value
-            return shuffled(value, blank, [start - near + i if inside[i] else width + i for i in range(width)])
+            return value if near == start else kept(value, inside, start - near)
 
         def column(j: int) -> Any:
+            """Positions j ... reduced down the rows; the identity where no pixels are."""
             taps = [tap(j, t * self.rows.dilation - self.rows.before) for t in range(self.rows.kernel)]
-            total = None
-            for value in taps:
-                if value is not None:
-                    total = value if total is None else self.combine(total, value)
+            there = [value for value in taps if value is not None]
             pixels = [(j + i) % self.pitch < self.columns.size and j + i < extent for i in range(width)]
-            if total is None or not any(pixels):
+            if not there or not any(pixels):
                 return blank
-            if not all(pixels):
-                total = shuffled(total, blank, [i if pixels[i] else width + i for i in range(width)])
-            return B.bind(total)
+            total = reduce(pool.combine, there)
+            return B.bind(total if all(pixels) else kept(total, pixels))
 
         def result(left: Any, middle: Any, right: Any) -> Any:
-            total = None
-            for t in range(self.columns.kernel):
+            """The windows of ``middle``."""
+
+            def shifted(t: int) -> Any:
                 shift = t * self.columns.dilation - self.columns.before
-                value = middle
                 if shift < 0:
-                    value = shuffled(left, middle, [width + shift + i for i in range(width)])
-                elif shift > 0:
-                    value = shuffled(middle, right, [shift + i for i in range(width)])
-                total = value if total is None else self.combine(total, value)
-            counted = self.rows.counted(0, self.workload.count_include_pad)
-            return B.bind(self.scaled(0, width, total, (None, counted)))
+                    return shuffled(left, middle, [width + shift + i for i in range(width)])
+                return shuffled(middle, right, [shift + i for i in range(width)]) if shift else middle
+
+            total = reduce(pool.combine, map(shifted, range(self.columns.kernel)))
+            return B.bind(pool.scaled(0, width, total, (None, pool.counted(0))))
 
         columns, before = [blank, column(0)], None
         for j in range(0, extent, width):
